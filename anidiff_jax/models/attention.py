@@ -1,0 +1,39 @@
+"""Scaled dot-product attention, in the form that is fastest for the shape and the device."""
+
+import jax
+import jax.numpy as jnp
+
+CHUNK_ABOVE = 256 * 1024  # logits of one head above which a CPU is faster, and smaller, one head at a time
+
+
+def attend(q, k, v, kind: str = "auto", causal: bool = False):
+    """softmax(q kᵀ / sqrt(d)) v for q (b, s, h, d) and k, v (b, t, h, d) → (b, s, h, d); softmax in float32.
+
+    kind: xla      all heads at once, logits kept for the backward pass
+          chunked  one head of one example at a time, logits recomputed in the backward pass: memory of one head
+          cudnn    the GPU's fused kernel; float16 and bfloat16 only
+          auto     cudnn where it applies, else chunked where the logits are large, else xla
+    """
+    logits_per_head = q.shape[1] * k.shape[1]
+    if kind == "auto":
+        fused = jax.default_backend() == "gpu" and q.dtype != jnp.float32 and q.shape[-1] % 8 == 0 and q.shape[1] > 64
+        kind = "cudnn" if fused else "chunked" if logits_per_head > CHUNK_ABOVE else "xla"
+    if kind == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+
+    b, s, h, d = q.shape
+    merge = lambda x: x.swapaxes(1, 2).reshape(b * h, x.shape[1], d)  # b s h d -> (b h) s d
+    one_head = lambda qkv: _attend_head(*qkv, causal)
+    q, k, v = merge(q), merge(k), merge(v)
+    y = jax.lax.map(jax.checkpoint(one_head), (q, k, v)) if kind == "chunked" else one_head((q, k, v))
+    return y.reshape(b, h, s, d).swapaxes(1, 2)  # (b h) s d -> b s h d
+
+
+def _attend_head(q, k, v, causal):  # (..., s, d), (..., t, d), (..., t, d)
+    precision = "highest" if q.dtype == jnp.float32 else None
+    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    logits = jnp.einsum("...sd,...td->...st", q, k, precision=precision, preferred_element_type=jnp.float32)
+    if causal:
+        logits = jnp.where(jnp.tril(jnp.ones(logits.shape[-2:], bool)), logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("...st,...td->...sd", weights, v, precision=precision)

@@ -1,0 +1,367 @@
+"""diffusers and transformers `config.json` files → frozen settings with one resolved entry a block.
+
+A key that changes the computation in a way that is not built here is an error that names it; nothing is silently ignored.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anidiff_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One resolution of the UNet."""
+
+    channels: int
+    transformer_depths: tuple[int, ...]  # blocks in the spatial transformer after each resnet; 0 = no transformer
+    heads: int  # spatial attention
+    motion_depths: tuple[int, ...]  # the same for the motion modules
+    motion_heads: int
+    resample: bool  # ends in a down- or upsampler
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    in_channels: int
+    out_channels: int
+    cross_attention_dim: int
+    norm_groups: int
+    norm_eps: float
+    linear_projection: bool
+    mid_scale: float
+    downsample_padding: int
+    max_frames: int  # length of the motion modules' position table
+    down: tuple[BlockConfig, ...]
+    mid: BlockConfig  # one resnet more than depths
+    up: tuple[BlockConfig, ...]
+
+    @property
+    def has_motion(self) -> bool:
+        return any(any(block.motion_depths) for block in (*self.down, self.mid, *self.up))
+
+
+@dataclass(frozen=True)
+class MotionConfig:
+    """What a motion adapter adds: transformer depths of every motion module, block by block in the UNet's own order."""
+
+    channels: tuple[int, ...]  # of the down blocks
+    down: tuple[tuple[int, ...], ...]
+    mid: tuple[int, ...]  # empty: no motion module in the mid block (v1 and v3)
+    up: tuple[tuple[int, ...], ...]
+    heads: tuple[int, ...]  # per down block
+    max_frames: int
+    groups: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The config.json that diffusers' MotionAdapter reads."""
+        depths = [block[0] for block in self.down]
+        if any(depth != block[0] for block in self.down for depth in block) or [b[0] for b in self.up] != depths[::-1]:
+            raise UserError("a MotionAdapter cannot say that the modules of one block differ in depth: export the whole UNet instead")
+        layers, heads = [len(block) for block in self.down], list(self.heads)
+        return {
+            "_class_name": "MotionAdapter",
+            "block_out_channels": list(self.channels),
+            "conv_in_channels": None,
+            "motion_layers_per_block": _short(layers),
+            "motion_max_seq_length": self.max_frames,
+            "motion_mid_block_layers_per_block": max(len(self.mid), 1),
+            "motion_norm_num_groups": self.groups,
+            "motion_num_attention_heads": _short(heads),
+            "motion_transformer_layers_per_block": _short(depths),
+            "motion_transformer_layers_per_mid_block": _short(list(self.mid) or [1]),
+            "use_motion_mid_block": bool(self.mid),
+        }
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    channels: tuple[int, ...]
+    layers_per_block: int
+    norm_groups: int
+    scaling_factor: float
+    shift_factor: float
+    quant_conv: bool
+    post_quant_conv: bool
+    mid_attention: bool
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along a side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    max_length: int
+    hidden_act: str
+    eps: float
+
+
+# Keys that may only say what we compute; a missing key says so. `None` in a config means the same as missing.
+_UNET_FIXED = {
+    "act_fn": ("silu", "swish"),
+    "addition_embed_type": (None,),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "dropout": (0.0,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlockCrossAttnMotion"),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+}
+# Read below, or without effect on what is computed here (softmax is in float32 always, so upcast_attention is as well).
+_UNET_READ = {
+    "addition_embed_type_num_heads", "addition_time_embed_dim", "attention_head_dim", "block_out_channels", "cross_attention_dim",
+    "down_block_types", "downsample_padding", "in_channels", "layers_per_block", "mid_block_layers", "mid_block_scale_factor",
+    "motion_max_seq_length", "motion_num_attention_heads", "norm_eps", "norm_num_groups", "num_attention_heads", "out_channels",
+    "projection_class_embeddings_input_dim", "reverse_motion_num_attention_heads", "reverse_temporal_transformer_layers_per_block",
+    "reverse_transformer_layers_per_block", "sample_size", "temporal_transformer_layers_per_block",
+    "temporal_transformer_layers_per_mid_block", "transformer_layers_per_block", "transformer_layers_per_mid_block", "up_block_types",
+    "upcast_attention", "use_linear_projection", "use_motion_mid_block",
+}  # fmt: skip
+_BLOCKS = {
+    "CrossAttnDownBlock2D": True, "CrossAttnDownBlockMotion": True, "DownBlock2D": False, "DownBlockMotion": False,
+    "CrossAttnUpBlock2D": True, "CrossAttnUpBlockMotion": True, "UpBlock2D": False, "UpBlockMotion": False,
+}  # fmt: skip
+_MOTION_READ = {
+    "block_out_channels", "conv_in_channels", "motion_layers_per_block", "motion_max_seq_length", "motion_mid_block_layers_per_block",
+    "motion_norm_num_groups", "motion_num_attention_heads", "motion_transformer_layers_per_block",
+    "motion_transformer_layers_per_mid_block", "use_motion_mid_block",
+    "motion_activation_fn", "motion_attention_bias", "motion_cross_attention_dim",  # legacy, never read by diffusers either
+}  # fmt: skip
+_VAE_FIXED = {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)}
+_VAE_READ = {
+    "block_out_channels", "down_block_types", "force_upcast", "in_channels", "latent_channels", "layers_per_block",
+    "mid_block_add_attention", "norm_num_groups", "out_channels", "sample_size", "scaling_factor", "shift_factor",
+    "up_block_types", "use_post_quant_conv", "use_quant_conv",
+}  # fmt: skip
+
+
+def is_motion_unet(raw: Mapping[str, Any]) -> bool:
+    """Whether a UNet's config.json is that of UNetMotionModel, whose file holds the motion modules too."""
+    return any("Motion" in kind for kind in raw.get("down_block_types", ())) or raw.get("_class_name") == "UNetMotionModel"
+
+
+def unet_config(raw: Mapping[str, Any], motion: MotionConfig | None, where: str = "unet/config.json") -> UNetConfig:
+    """Resolves a UNet2DConditionModel or UNetMotionModel config, with the motion modules of `motion` (None: an image model)."""
+    _check(raw, _UNET_FIXED, _UNET_READ, where)
+    get = _getter(raw)
+    channels = tuple(get("block_out_channels", (320, 640, 1280, 1280)))
+    count = len(channels)
+    down_types = get("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
+    up_types = get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+    for kind in (*down_types, *up_types):
+        if kind not in _BLOCKS:
+            raise UserError(f"{where}: block type {kind!r} is not supported (known: {', '.join(_BLOCKS)})")
+    if len(down_types) != count or len(up_types) != count:
+        raise UserError(f"{where}: block_out_channels has {count} entries, down_block_types {len(down_types)}, up_block_types {len(up_types)}")
+    cross_dims = set(_per_block(get("cross_attention_dim", 1280), count, "cross_attention_dim", where))
+    if len(cross_dims) > 1:
+        raise UserError(f"{where}: cross_attention_dim {raw['cross_attention_dim']} differs between blocks, which is not supported")
+
+    layers = _per_block(get("layers_per_block", 2), count, "layers_per_block", where)
+    up_layers = [n + 1 for n in reversed(layers)]
+    heads = _per_block(get("num_attention_heads", None) or get("attention_head_dim", 8), count, "attention_head_dim", where)
+    depths = _per_block(get("transformer_layers_per_block", 1), count, "transformer_layers_per_block", where)
+    up_depths = get("reverse_transformer_layers_per_block", None)
+    up_depths = list(reversed(depths)) if up_depths is None else _per_block(up_depths, count, "reverse_transformer_layers_per_block", where)
+    mid_depths = get("transformer_layers_per_mid_block", None)
+    if mid_depths is None:
+        mid_depths = depths[-1] if isinstance(depths[-1], int) else 1
+    mid_layers = get("mid_block_layers", 1)
+
+    still = MotionConfig(channels, tuple((0,) * n for n in layers), (), tuple((0,) * n for n in up_layers), (1,) * count, 0, 0)
+    m = motion or still
+    if m.channels != channels or [len(b) for b in m.down] != layers or [len(b) for b in m.up] != up_layers:
+        raise UserError(
+            f"{where}: the motion adapter does not fit this model: its blocks have {m.channels} channels and {[len(b) for b in m.down]} layers, "
+            f"the model's {channels} and {layers}; take an adapter made for this kind of model"
+        )
+
+    def block(i, cross, depth, motion_depths, resample, index):
+        spatial = _per_block(depth, len(motion_depths), "transformer_layers_per_block", where) if cross else [0] * len(motion_depths)
+        return BlockConfig(channels[i], tuple(spatial), heads[i], tuple(motion_depths), m.heads[i], resample)
+
+    last = count - 1
+    return UNetConfig(
+        in_channels=get("in_channels", 4),
+        out_channels=get("out_channels", 4),
+        cross_attention_dim=cross_dims.pop(),
+        norm_groups=get("norm_num_groups", 32),
+        norm_eps=get("norm_eps", 1e-5),
+        linear_projection=get("use_linear_projection", False),
+        mid_scale=get("mid_block_scale_factor", 1.0),
+        downsample_padding=get("downsample_padding", 1),
+        max_frames=m.max_frames,
+        down=tuple(block(i, _BLOCKS[down_types[i]], depths[i], m.down[i], i < last, i) for i in range(count)),
+        mid=block(last, True, mid_depths, m.mid or (0,) * mid_layers, False, last),
+        up=tuple(block(last - i, _BLOCKS[up_types[i]], up_depths[i], m.up[i], i < last, i) for i in range(count)),
+    )
+
+
+def motion_config(raw: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], groups: int, where: str = "motion adapter") -> MotionConfig:
+    """The structure of a motion adapter, read off its tensors' shapes; from its config.json only the heads, which no shape tells.
+
+    Re-uploaded configs are often wrong about the mid block and the length of the position table; tensors are not.
+    raw: config.json of a MotionAdapter or a UNetMotionModel ({} for a bare file). groups: the UNet's, which diffusers uses here too.
+    """
+    if not is_motion_unet(raw):
+        _check(raw, {}, _MOTION_READ, where)
+    if raw.get("conv_in_channels"):
+        raise UserError(f"{where}: conv_in_channels={raw['conv_in_channels']} (a PIA adapter, with its own first layer) is not supported")
+    depth: dict[tuple[str, int], int] = {}  # (block, module) → transformer blocks in it
+    channels: dict[str, int] = {}
+    lengths = set()
+    for key, shape in shapes.items():
+        parts = key.split(".")
+        if "motion_modules" not in parts:
+            continue
+        at = parts.index("motion_modules")
+        block, module = ".".join(parts[:at]), int(parts[at + 1])
+        depth.setdefault((block, module), 0)
+        if parts[at + 2] == "norm":
+            channels[block] = shape[0]
+        if parts[at + 2] == "transformer_blocks":
+            depth[block, module] = max(depth[block, module], int(parts[at + 3]) + 1)
+        if parts[-1] == "pe":
+            lengths.add(shape[1])
+    if not depth or len(lengths) != 1:
+        raise UserError(f"{where}: holds no motion modules with one position table, so it is not a motion adapter")
+
+    def blocks(prefix):
+        count = len({block for block, _ in depth if block.startswith(prefix)})
+        names = [prefix if prefix == "mid_block" else f"{prefix}.{i}" for i in range(count)]
+        return names, tuple(tuple(n for (block, _), n in sorted(depth.items()) if block == name) for name in names)
+
+    names, down = blocks("down_blocks")
+    _, up = blocks("up_blocks")
+    _, mid = blocks("mid_block")
+    if not names or len(up) != len(down):
+        raise UserError(f"{where}: {len(down)} down blocks and {len(up)} up blocks hold motion modules: an incomplete adapter")
+    heads = raw.get("motion_num_attention_heads") or 8
+    return MotionConfig(
+        channels=tuple(channels.get(name, 0) for name in names),
+        down=down,
+        mid=mid[0] if mid else (),
+        up=up,
+        heads=tuple(_per_block(heads, len(names), "motion_num_attention_heads", where)),
+        max_frames=lengths.pop(),
+        groups=groups,
+    )
+
+
+def fresh_motion_config(raw_unet: Mapping[str, Any], heads: int, max_frames: int, mid_block: bool = True) -> MotionConfig:
+    """Motion modules to train from nothing in this UNet: one transformer block each, the structure of v2."""
+    get = _getter(raw_unet)
+    channels = tuple(get("block_out_channels", (320, 640, 1280, 1280)))
+    layers = _per_block(get("layers_per_block", 2), len(channels), "layers_per_block", "unet/config.json")
+    for width in channels:
+        if width % heads:
+            raise UserError(f"motion_num_attention_heads={heads} does not divide the {width} channels of a block of the model")
+    return MotionConfig(
+        channels=channels,
+        down=tuple((1,) * n for n in layers),
+        mid=(1,) * get("mid_block_layers", 1) if mid_block else (),
+        up=tuple((1,) * (n + 1) for n in reversed(layers)),
+        heads=(heads,) * len(channels),
+        max_frames=max_frames,
+        groups=get("norm_num_groups", 32),
+    )
+
+
+def vae_config(raw: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
+    """Resolves an AutoencoderKL config."""
+    _check(raw, _VAE_FIXED, _VAE_READ, where)
+    get = _getter(raw)
+    for kind in (*get("down_block_types", ()), *get("up_block_types", ())):
+        if kind not in ("DownEncoderBlock2D", "UpDecoderBlock2D"):
+            raise UserError(f"{where}: block type {kind!r} is not supported (known: DownEncoderBlock2D, UpDecoderBlock2D)")
+    return VAEConfig(
+        in_channels=get("in_channels", 3),
+        out_channels=get("out_channels", 3),
+        latent_channels=get("latent_channels", 4),
+        channels=tuple(get("block_out_channels", (64,))),
+        layers_per_block=get("layers_per_block", 1),
+        norm_groups=get("norm_num_groups", 32),
+        scaling_factor=get("scaling_factor", 0.18215),
+        shift_factor=get("shift_factor", 0.0),
+        quant_conv=get("use_quant_conv", True),
+        post_quant_conv=get("use_post_quant_conv", True),
+        mid_attention=get("mid_block_add_attention", True),
+    )
+
+
+def clip_config(raw: Mapping[str, Any], where: str = "text_encoder/config.json") -> CLIPTextConfig:
+    """Resolves a CLIPTextModel config (other keys of transformers do not touch the text states)."""
+    raw = raw.get("text_config", raw)
+    if raw.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
+        raise UserError(f"{where}: model_type {raw['model_type']!r} is not supported: a CLIP text encoder is expected")
+    act = raw.get("hidden_act", "quick_gelu")
+    if act not in ("quick_gelu", "gelu"):
+        raise UserError(f"{where}: hidden_act={act!r} is not supported (known: quick_gelu, gelu)")
+    return CLIPTextConfig(
+        vocab_size=raw.get("vocab_size", 49408),
+        hidden_size=raw.get("hidden_size", 512),
+        intermediate_size=raw.get("intermediate_size", 2048),
+        layers=raw.get("num_hidden_layers", 12),
+        heads=raw.get("num_attention_heads", 8),
+        max_length=raw.get("max_position_embeddings", 77),
+        hidden_act=act,
+        eps=raw.get("layer_norm_eps", 1e-5),
+    )
+
+
+def _getter(raw):
+    """raw.get, but a key that is null counts as missing."""
+    return lambda key, default: default if raw.get(key) is None else raw[key]
+
+
+def _short(values: list):
+    return values[0] if len(set(values)) == 1 else values
+
+
+def _per_block(value, count: int, key: str, where: str) -> list:
+    """An int for all, or one entry each."""
+    values = [value] * count if isinstance(value, int) else list(value)
+    if len(values) != count:
+        raise UserError(f"{where}: {key} has {len(values)} entries where {count} are needed")
+    return values
+
+
+def _check(raw: Mapping[str, Any], fixed: Mapping[str, tuple], read: set[str], where: str) -> None:
+    for key, value in raw.items():
+        if key.startswith("_") or key in read or value is None:
+            continue
+        if key not in fixed:
+            raise UserError(f"{where}: unknown key {key}={value!r}: it may change what the model computes, so it is refused")
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if any(v not in fixed[key] for v in values):
+            raise UserError(f"{where}: {key}={value!r} is not supported (only {', '.join(map(repr, fixed[key]))})")

@@ -1,0 +1,189 @@
+"""The layers that all networks share. Leaves carry PyTorch's names (`weight`, `bias`), so parameter paths equal the diffusers keys."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from anidiff_jax.models.attention import attend
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compute, as opposed to what: one object handed to every layer.
+
+    dtype: type of activations and of weights when used; statistics, softmax and timesteps stay in float32.
+    attention: auto | xla | chunked | cudnn, see `attention.attend`.
+    remat: recompute each layer's activations in the backward pass instead of keeping them.
+    lora_dropout: dropout on the input of adapters, active only where a "dropout" key is passed to apply.
+    """
+
+    dtype: str = "float32"
+    attention: str = "auto"
+    remat: bool = False
+    lora_dropout: float = 0.0
+
+    @property
+    def precision(self) -> str | None:
+        """float32 means float32: without this, GPUs multiply in TF32 and TPUs in bfloat16."""
+        return "highest" if self.dtype == "float32" else None
+
+    def layer(self, module: type[nn.Module]) -> type[nn.Module]:
+        """`module`, recomputed in the backward pass where remat is on."""
+        return nn.remat(module) if self.remat else module
+
+
+def uniform_fan_in(key, shape, dtype=jnp.float32):
+    """PyTorch's default start for Linear and Conv weights: uniform within ±1/sqrt(fan in)."""
+    bound = 1 / math.sqrt(math.prod(shape[:-1]))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Dense(nn.Module):
+    """Linear layer (..., in) → (..., features), plus a low-rank adapter where the `lora` collection holds one for it.
+
+    weight: (in, features). Adapter: lora_A.weight (in, rank), lora_B.weight (rank, features), already scaled.
+    """
+
+    features: int
+    settings: Settings
+    use_bias: bool = True
+    zero: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        s, dtype = self.settings, jnp.dtype(self.settings.dtype)
+        weight = self.param("weight", nn.initializers.zeros if self.zero else uniform_fan_in, (x.shape[-1], self.features))
+        x = x.astype(dtype)
+        y = jnp.matmul(x, weight.astype(dtype), precision=s.precision)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(dtype)
+        if self.has_variable("lora", "lora_A"):
+            down: Any = self.get_variable("lora", "lora_A")
+            up: Any = self.get_variable("lora", "lora_B")
+            if s.lora_dropout and self.has_rng("dropout"):
+                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - s.lora_dropout, x.shape)
+                x = jnp.where(kept, x / (1 - s.lora_dropout), 0).astype(dtype)
+            low = jnp.matmul(x, down["weight"].astype(dtype), precision=s.precision)
+            y = y + jnp.matmul(low, up["weight"].astype(dtype), precision=s.precision)
+        return y
+
+
+class Conv(nn.Module):
+    """2-D convolution over the last three axes (..., h, w, c); weight (kernel, kernel, in, features)."""
+
+    features: int
+    settings: Settings
+    kernel: int = 3
+    stride: int = 1
+    padding: tuple[tuple[int, int], tuple[int, int]] | None = None  # (top, bottom), (left, right); None keeps the size
+
+    @nn.compact
+    def __call__(self, x):
+        dtype = jnp.dtype(self.settings.dtype)
+        side = (self.kernel - 1) // 2
+        weight = self.param("weight", uniform_fan_in, (self.kernel, self.kernel, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y = jax.lax.conv_general_dilated(
+            x.reshape(-1, *x.shape[-3:]).astype(dtype),  # ... h w c -> (...) h w c
+            weight.astype(dtype),
+            window_strides=(self.stride, self.stride),
+            padding=self.padding or ((side, side), (side, side)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=self.settings.precision,
+        )
+        return (y + bias.astype(dtype)).reshape(*x.shape[:-3], *y.shape[-3:])
+
+
+class GroupNorm(nn.Module):
+    """Normalises (..., h, w, c) over space and the channels of a group; with `over_frames` over axis -4 too.
+
+    Sums are taken per channel first and joined per group after: on a CPU twice as fast as reducing the grouped array.
+    """
+
+    groups: int
+    eps: float
+    settings: Settings
+    over_frames: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        weight = self.param("weight", nn.initializers.ones, (channels,)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
+        axes = (-4, -3, -2) if self.over_frames else (-3, -2)
+
+        def over_group(per_channel):  # (..., c): mean over the channels of each group, for each channel
+            grouped = per_channel.reshape(*per_channel.shape[:-1], self.groups, channels // self.groups)
+            return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(per_channel.shape)
+
+        x32 = x.astype(jnp.float32)
+        mean = over_group(x32.mean(axes, keepdims=True))
+        variance = over_group(jnp.square(x32 - mean).mean(axes, keepdims=True))
+        scale = weight * jax.lax.rsqrt(variance + self.eps)
+        return ((x32 - mean) * scale + bias).astype(jnp.dtype(self.settings.dtype))
+
+
+class LayerNorm(nn.Module):
+    """Normalises the last axis."""
+
+    settings: Settings
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x):
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean(-1, keepdims=True)
+        variance = jnp.square(x32 - mean).mean(-1, keepdims=True)
+        return ((x32 - mean) * jax.lax.rsqrt(variance + self.eps) * weight + bias).astype(jnp.dtype(self.settings.dtype))
+
+
+def multi_head(x, context, heads: int, settings: Settings, qkv_bias: bool = False):
+    """Attention of x (b, s, c) to context (b, t, d), with projections that belong to the module that calls this."""
+    channels = x.shape[-1]
+
+    def project(name, y):  # b s c -> b s heads c/heads
+        y = Dense(channels, settings, use_bias=qkv_bias, name=name)(y)
+        return y.reshape(*y.shape[:-1], heads, channels // heads)
+
+    y = attend(project("to_q", x), project("to_k", context), project("to_v", context), settings.attention)
+    return Dense(channels, settings, name="to_out.0")(y.reshape(x.shape))  # b s heads d -> b s (heads d)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (b, s, c) to `context` (b, t, d), or to itself."""
+
+    heads: int
+    settings: Settings
+
+    @nn.compact
+    def __call__(self, x, context=None):
+        return multi_head(x, x if context is None else context, self.heads, self.settings)
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with exact GELU (Shazeer, 2020): first half hidden, second half gate."""
+
+    features: int
+    settings: Settings
+
+    @nn.compact
+    def __call__(self, x):
+        hidden, gate = jnp.split(Dense(2 * self.features, self.settings, name="proj")(x), 2, axis=-1)
+        return hidden * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """GEGLU of four times the width, and back."""
+
+    settings: Settings
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        return Dense(channels, self.settings, name="net.2")(GEGLU(4 * channels, self.settings, name="net.0")(x))
