@@ -1,0 +1,1 @@
+"""The embedded world: coloured shapes that move over a background, and a tiny model in diffusers layout to draw them."""

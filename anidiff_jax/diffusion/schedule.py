@@ -1,0 +1,70 @@
+"""The noise that training adds and sampling removes: q(x_t | x_0) = N(sqrt(ᾱ_t) x_0, 1 - ᾱ_t) (Ho et al., 2020, arXiv:2006.11239)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from anidiff_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The reference's noise arguments, under diffusers' names; the defaults are AnimateDiff's own recipe."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "linear"  # linear | scaled_linear | squaredcos_cap_v2
+    steps_offset: int = 1
+    clip_sample: bool = False
+    prediction_type: str = "epsilon"  # epsilon | v_prediction
+
+    def __post_init__(self):
+        if self.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+            raise UserError(f"beta_schedule={self.beta_schedule!r} is not one of linear, scaled_linear, squaredcos_cap_v2")
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"prediction_type={self.prediction_type!r} is not one of epsilon, v_prediction")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise UserError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must satisfy 0 < beta_start <= beta_end < 1")
+        if self.num_train_timesteps < 1:
+            raise UserError(f"num_train_timesteps={self.num_train_timesteps} must be at least 1")
+
+    def betas(self) -> np.ndarray:
+        """(num_train_timesteps,) float32."""
+        n = self.num_train_timesteps
+        if self.beta_schedule == "linear":
+            betas = np.linspace(self.beta_start, self.beta_end, n)
+        elif self.beta_schedule == "scaled_linear":
+            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, n) ** 2
+        else:  # Nichol & Dhariwal, 2021
+            bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+            betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
+        return betas.astype(np.float32)
+
+    def alphas_cumprod(self) -> np.ndarray:
+        """ᾱ, (num_train_timesteps,) float32."""
+        return np.cumprod(1 - self.betas(), dtype=np.float32)
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        return tuple(NoiseSchedule.__dataclass_fields__)
+
+    def for_base(self, scheduler: dict[str, Any]) -> "NoiseSchedule":
+        """The same, predicting what the base model was trained to predict (its scheduler_config.json)."""
+        return NoiseSchedule(**{**self.__dict__, "prediction_type": scheduler.get("prediction_type") or self.prediction_type})
+
+
+def add_noise(schedule: NoiseSchedule, x0, noise, timestep):
+    """x_t for one example of any shape."""
+    alpha = jnp.asarray(schedule.alphas_cumprod())[timestep]
+    return jnp.sqrt(alpha) * x0 + jnp.sqrt(1 - alpha) * noise
+
+
+def target(schedule: NoiseSchedule, x0, noise, timestep):
+    """What the network is to predict: the noise, or the velocity (Salimans & Ho, 2022)."""
+    if schedule.prediction_type == "epsilon":
+        return noise
+    alpha = jnp.asarray(schedule.alphas_cumprod())[timestep]
+    return jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0

@@ -1,0 +1,210 @@
+"""Text → video: text states once, one compiled denoising loop, frames decoded in chunks."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from anidiff_jax.diffusion import ddim
+from anidiff_jax.diffusion.schedule import NoiseSchedule
+from anidiff_jax.errors import UserError
+from anidiff_jax.lora import scaled
+from anidiff_jax.models.clip import CLIPTextModel
+from anidiff_jax.models.layers import Settings
+from anidiff_jax.models.unet import UNet
+from anidiff_jax.models.vae import AutoencoderKL
+from anidiff_jax.weights.base import EMBEDDED, Model, load_model
+from anidiff_jax.weights.hub import resolve
+from anidiff_jax.weights.lora_files import check_fits, load_lora
+from anidiff_jax.weights.tree import Tree
+
+log = logging.getLogger(__name__)
+
+PIXELS_AT_ONCE = 512 * 512  # the VAE works on as many frames at a time as have this many pixels together
+
+
+@partial(jax.jit, static_argnums=0)
+def encode_text(network: CLIPTextModel, params: Tree, ids):
+    """ids (b, tokens) → text states (b, tokens, d)."""
+    return network.apply({"params": params}, ids)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnames="latents")
+def denoise(unet: UNet, schedule: NoiseSchedule, params: Tree, lora: Tree, latents, text, table: ddim.Table, guidance_scale):
+    """latents (1, f, h, w, c) of noise → of a video. text (2, tokens, d): empty and prompt; (1, tokens, d): no guidance.
+
+    Classifier-free guidance (Ho & Salimans, 2022): away from the empty prompt's prediction, by `guidance_scale`.
+    """
+    guided = text.shape[0] == 2
+
+    def one_step(latents, row):
+        x = jnp.repeat(latents, text.shape[0], axis=0)
+        prediction = unet.apply({"params": params, "lora": lora}, x, jnp.full(x.shape[0], row.timestep), text)
+        if guided:
+            empty, prompt = jnp.split(prediction, 2)
+            prediction = empty + guidance_scale * (prompt - empty)
+        return ddim.step(schedule, row, latents, prediction), None
+
+    return jax.lax.scan(one_step, latents, table)[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def decode(vae: AutoencoderKL, params: Tree, latents):
+    """latents (f, h, w, c) → frames (f, H, W, 3) in [0, 1]."""
+    z = latents / vae.config.scaling_factor + vae.config.shift_factor
+    frame = lambda z: vae.apply({"params": params}, z[None], method="decode")[0]
+    side = vae.config.factor
+    frames = jax.lax.map(frame, z, batch_size=max(1, PIXELS_AT_ONCE // (z.shape[1] * z.shape[2] * side**2)))
+    return jnp.clip(frames / 2 + 0.5, 0, 1)
+
+
+def initial_noise(seed: int, shape: tuple[int, ...]):
+    """Standard normal latents (f, h, w, c) that depend on the seed and the shape only."""
+    return jax.random.normal(jax.random.fold_in(jax.random.key(seed), 0), shape)
+
+
+class AnimateDiffPipeline:
+    """A text-to-video model ready to sample.
+
+    `model` holds networks and weights, `schedule` the noise, `lora` an adapter that is applied at `lora_scale`.
+    """
+
+    def __init__(self, model: Model, schedule: NoiseSchedule, lora: Tree | None = None, lora_scale: float = 1.0, defaults: Mapping | None = None):
+        self.model = model
+        self.schedule = schedule
+        self.lora = lora or {}
+        self.lora_scale = lora_scale
+        self.defaults = {"sample_size": 256, "guidance_scale": 8.0, **(defaults or {})}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path | None = None,
+        motion_adapter: str | Path | None = None,
+        *,
+        dtype: str = "float32",
+        lora: str | Path | None = None,
+        model_revision: str | None = None,
+        motion_adapter_revision: str | None = None,
+        attention: str = "auto",
+        **noise: Any,
+    ) -> "AnimateDiffPipeline":
+        """Loads a base model and a motion adapter from folders in diffusers layout or hub ids.
+
+        base: Stable Diffusion 1.x or 2.x; None takes the embedded model, with its own adapter unless one is given.
+        motion_adapter: MotionAdapter folder or file, or a training checkpoint; None samples without motion modules,
+            unless the base is itself a video model.
+        lora: a training checkpoint or LoRA file to apply, unmerged.
+        dtype: float32 | bfloat16 | float16, of weights and computation. attention: auto | xla | chunked | cudnn.
+        noise: beta_start, beta_end, beta_schedule, steps_offset, clip_sample, num_train_timesteps, prediction_type;
+            not given, AnimateDiff's recipe, and the base's own prediction_type.
+        Raises UserError (a ValueError) when something does not fit, and says what.
+        """
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"dtype={dtype!r} is not one of float32, bfloat16, float16")
+        if attention not in ("auto", "xla", "chunked", "cudnn"):
+            raise UserError(f"attention={attention!r} is not one of auto, xla, chunked, cudnn")
+        unknown = noise.keys() - set(NoiseSchedule.names())
+        if unknown:
+            raise UserError(f"unknown argument {', '.join(sorted(unknown))}; the noise arguments are {', '.join(NoiseSchedule.names())}")
+        defaults = None
+        if base is None:
+            from anidiff_jax.config import EMBEDDED_DEFAULTS as defaults
+
+            base, motion_adapter = EMBEDDED, motion_adapter or EMBEDDED / "motion_adapter"
+        model = load_model(
+            resolve(str(base), model_revision),
+            None if motion_adapter is None else resolve(str(motion_adapter), motion_adapter_revision),
+            settings=Settings(dtype=dtype, attention=attention),
+            dtype=dtype,
+        )
+        schedule = NoiseSchedule(**noise)
+        pipe = cls(model, schedule if "prediction_type" in noise else schedule.for_base(model.scheduler), defaults=defaults)
+        if lora is not None:
+            pipe.load_lora(lora)
+        return pipe
+
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+        """Applies a LoRA of the UNet, multiplied by `scale`; it takes the place of one loaded before."""
+        adapter, own_scale = load_lora(Path(path))
+        check_fits(adapter, self.model.params["unet"], path)
+        self.lora, self.lora_scale = adapter, scale * own_scale
+
+    def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
+        """Prompts → ids (b, tokens) int32, padded and cut to the text encoder's length (said in the log)."""
+        tokenizer, length = self.model.tokenizer, self.model.networks.text_encoder.config.max_length
+        for prompt in prompts:
+            excess = len(tokenizer(prompt)["input_ids"]) - length
+            if excess > 0:
+                log.warning("the prompt is %d tokens too long, its end is not seen: %s", excess, prompt)
+        return np.asarray(tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"], np.int32)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str = "",
+        *,
+        num_frames: int = 16,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float | None = None,
+        seed: int = 42,
+        latents: np.ndarray | None = None,
+        scheduler: str = "ddim",
+    ) -> np.ndarray:
+        """Samples a video for each prompt → float32 (prompts, frames, height, width, 3) in [0, 1].
+
+        height, width: pixels, multiples of the VAE's factor (8 for Stable Diffusion); guidance_scale ≤ 1 skips guidance and
+        half of the cost. A video depends on its prompt and the seed only, not on its neighbours in the list.
+        latents: the noise to start from, (prompts, channels, frames, h, w) as diffusers has it, instead of the seed's.
+        Raises UserError for a size, a number of frames or steps that the model cannot do.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        networks, params = self.model.networks, self.model.params
+        height, width = height or self.defaults["sample_size"], width or self.defaults["sample_size"]
+        guidance_scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
+        if scheduler != "ddim":
+            raise UserError(f"scheduler={scheduler!r} is not built: ddim is")
+        check_size(self.model, num_frames, height, width)
+        side, channels = networks.vae.config.factor, networks.vae.config.latent_channels
+        shape = (num_frames, height // side, width // side, channels)
+        if latents is not None:
+            expected = (len(prompts), channels, *shape[:3])
+            if latents.shape != expected:
+                raise UserError(f"latents have shape {latents.shape}, expected {expected}: (prompts, channels, frames, h, w)")
+            latents = np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)  # b c f h w -> b f h w c
+        table = ddim.table(self.schedule, num_inference_steps)
+        lora = scaled(self.lora, self.lora_scale)
+
+        videos = []
+        for i, text in enumerate(prompts):
+            ids = self.tokenize([negative_prompt, text] if guidance_scale > 1 else [text])
+            states = encode_text(networks.text_encoder, params["text_encoder"], ids)
+            noise = initial_noise(seed, shape) if latents is None else jnp.array(latents[i])
+            x = denoise(networks.unet, self.schedule, params["unet"], lora, noise[None], states, table, jnp.float32(guidance_scale))
+            videos.append(decode(networks.vae, params["vae"], x[0]))
+        return np.stack([np.asarray(video) for video in videos])
+
+    def with_weights(self, unet: Tree, lora: Tree | None, lora_scale: float) -> "AnimateDiffPipeline":
+        """The same pipeline with other weights in its UNet; nothing is compiled anew."""
+        params = {**self.model.params, "unet": unet}
+        return AnimateDiffPipeline(replace(self.model, params=params), self.schedule, lora, lora_scale, self.defaults)
+
+
+def check_size(model: Model, num_frames: int, height: int, width: int) -> None:
+    """A UserError where the model cannot make a clip of this size."""
+    side, config = model.networks.vae.config.factor, model.networks.unet.config
+    for name, value in (("height", height), ("width", width)):
+        if value < side or value % side:
+            raise UserError(f"{name} {value} is not a positive multiple of {side} pixels: take {max(side, round(value / side) * side)}")
+    if num_frames < 1:
+        raise UserError(f"num_frames {num_frames} must be at least 1")
+    if config.has_motion and num_frames > config.max_frames:
+        raise UserError(f"{num_frames} frames are more than the motion modules know ({config.max_frames}, their motion_max_seq_length): take fewer")

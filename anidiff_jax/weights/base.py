@@ -1,0 +1,142 @@
+"""A Stable Diffusion folder in diffusers layout, and a motion adapter's → networks and their parameters."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from anidiff_jax.errors import UserError
+from anidiff_jax.models.clip import CLIPTextModel
+from anidiff_jax.models.config import (
+    MotionConfig,
+    clip_config,
+    fresh_motion_config,
+    is_motion_unet,
+    motion_config,
+    unet_config,
+    vae_config,
+)
+from anidiff_jax.models.layers import Settings
+from anidiff_jax.models.networks import Networks
+from anidiff_jax.models.unet import UNet
+from anidiff_jax.models.vae import AutoencoderKL
+from anidiff_jax.weights import store
+from anidiff_jax.weights.files import Tensor, load, read_json
+from anidiff_jax.weights.tree import Tree, init, is_motion, merge, shapes, split
+
+EMBEDDED = Path(__file__).parent.parent / "shapes" / "model"
+
+
+@dataclass
+class Model:
+    """Networks, what is in them, and what the files said."""
+
+    networks: Networks
+    params: dict[str, Tree]  # text_encoder, vae, unet (image and motion weights in one tree)
+    tokenizer: Any
+    motion: MotionConfig | None
+    unet_json: dict[str, Any]
+    scheduler: dict[str, Any]  # scheduler_config.json of the base, {} where it has none
+
+
+def load_model(
+    base: Path,
+    motion_adapter: Path | None = None,
+    *,
+    fresh_motion: Mapping[str, int] | None = None,
+    settings: Settings = Settings(),
+    dtype: str | None = "float32",
+    keep_float32: Callable[[str], bool] = lambda key: False,
+    key: jax.Array | None = None,
+) -> Model:
+    """Loads a base model with a motion adapter, with fresh motion modules ({heads, max_frames}), or with none.
+
+    dtype: of all weights (None: as stored), except those of the UNet for which keep_float32(key). A base that is itself a
+    video model (UNetMotionModel) brings its own motion modules. Errors (UserError) name the file and the tensor or key.
+    """
+    base = store.base_folder(base)
+    dtype_of = lambda key: "float32" if keep_float32(key) else dtype
+    unet_json = read_json(base / "unet" / "config.json")
+    unet_tensors = store.tensors_in(base / "unet")
+    groups = unet_json.get("norm_num_groups") or 32
+    own_motion = {k: t for k, t in unet_tensors.items() if is_motion(k)}
+    unet_tensors = {k: t for k, t in unet_tensors.items() if not is_motion(k)}
+
+    motion: MotionConfig | None = None
+    motion_tensors: dict[str, Tensor] = {}
+    if motion_adapter is not None:
+        adapter_json, motion_tensors = store.motion_adapter(motion_adapter)
+        motion = motion_config(adapter_json, {k: t.shape for k, t in motion_tensors.items()}, groups, str(motion_adapter))
+    elif fresh_motion is not None:
+        motion = fresh_motion_config(unet_json, **fresh_motion)
+    elif own_motion:
+        motion_tensors = own_motion
+        motion = motion_config(unet_json, {k: t.shape for k, t in own_motion.items()}, groups, str(base / "unet"))
+    elif is_motion_unet(unet_json):
+        raise UserError(f"{base / 'unet'}: its config.json describes a video model, but it holds no motion modules")
+
+    networks = Networks(
+        CLIPTextModel(clip_config(read_json(base / "text_encoder" / "config.json")), settings),
+        AutoencoderKL(vae_config(read_json(base / "vae" / "config.json")), settings),
+        UNet(unet_config(unet_json, motion, str(base / "unet" / "config.json")), settings),
+    )
+    _check_fit(networks, base)
+    motion_shapes, image_shapes = split(shapes(networks.unet), is_motion)
+    # The largest first: while a tensor is read and transposed, memory holds it twice.
+    unet = load(image_shapes, unet_tensors, dtype_of, base / "unet")
+    if motion_tensors:
+        adapter = load(motion_shapes, motion_tensors, dtype_of, motion_adapter or base / "unet")
+        unet = merge(unet, adapter)
+    elif motion is not None:
+        drawn = jax.jit(lambda key: split(init(networks.unet, key), is_motion)[0])(jax.random.key(0) if key is None else key)
+        unet = merge(unet, drawn)
+    params = {
+        "unet": unet,
+        "vae": load(shapes(networks.vae), _vae_names(store.tensors_in(base / "vae")), lambda _: dtype, base / "vae"),
+        "text_encoder": load(
+            shapes(networks.text_encoder), _text_names(store.tensors_in(base / "text_encoder", "model")), lambda _: dtype, base / "text_encoder"
+        ),
+    }
+    scheduler = base / "scheduler" / "scheduler_config.json"
+    return Model(
+        networks, params, load_tokenizer(base / "tokenizer"), motion, unet_json, read_json(scheduler) if scheduler.exists() else {}
+    )
+
+
+def load_tokenizer(folder: Path):
+    """CLIP's tokenizer from vocab.json + merges.txt or tokenizer.json."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"{folder} holds neither tokenizer.json nor vocab.json: the model's tokenizer is missing")
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def _check_fit(networks: Networks, base: Path) -> None:
+    text, unet, vae = networks.text_encoder.config, networks.unet.config, networks.vae.config
+    if text.hidden_size != unet.cross_attention_dim:
+        raise UserError(f"{base}: the text encoder is {text.hidden_size} wide, the UNet expects {unet.cross_attention_dim}")
+    if unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
+        raise UserError(
+            f"{base}: the UNet takes {unet.in_channels} and gives {unet.out_channels} channels, the VAE has {vae.latent_channels}: "
+            "inpainting and other special UNets are not supported"
+        )
+
+
+def _text_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names with `text_model.`, as older transformers wrote them; without the position_ids buffer."""
+    named = {k if k.startswith("text_model.") else f"text_model.{k}": t for k, t in tensors.items()}
+    return {k: t for k, t in named.items() if not k.endswith("position_ids")}
+
+
+def _vae_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Today's names of the attention layers, for files written before diffusers 0.17."""
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+    def rename(key):
+        *path, layer, leaf = key.split(".")
+        return ".".join([*path, old.get(layer, layer) if "attentions" in path else layer, leaf])
+
+    return {rename(k): t for k, t in tensors.items()}

@@ -1,0 +1,161 @@
+"""safetensors files ↔ parameter trees: transposes and nothing else, one tensor at a time.
+
+PyTorch keeps Linear weights as (out, in) and convolutions as (out, in, h, w); we keep (in, out) and (h, w, in, out).
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from anidiff_jax.errors import UserError
+from anidiff_jax.weights.tree import Flat, Tree, flatten, unflatten
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies on disk, and its shape there."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        """The tensor as stored. The file is opened anew, since an open one keeps every page that was read in memory."""
+        with safe_open(self.path, "numpy") as file:
+            return file.get_tensor(self.key)
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors file, unread."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return {key: Tensor(path, key, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): download or copy it again") from None
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """The text entries in the header of a .safetensors file."""
+    with safe_open(path, "numpy") as file:
+        return file.metadata() or {}
+
+
+def tensors_in(folder: Path, stem: str = "diffusion_pytorch_model") -> dict[str, Tensor]:
+    """Every tensor of a folder in diffusers layout: one file or shards, plain or variant fp16, in this order."""
+    for variant in ("", ".fp16"):
+        single = folder / f"{stem}{variant}.safetensors"
+        indexes = [folder / f"{stem}.safetensors.index{variant}.json", folder / f"{stem}{variant}.safetensors.index.json"]
+        if single.is_file():
+            return tensors_of(single)
+        for index in indexes:
+            if index.is_file():
+                shards = sorted(set(read_json(index)["weight_map"].values()))
+                found: dict[str, Tensor] = {}
+                for shard in shards:
+                    if not (folder / shard).is_file():
+                        raise UserError(f"{folder / shard} is missing: {index.name} names it; download the folder again")
+                    found.update(tensors_of(folder / shard))
+                return found
+    pickles = sorted(p.name for p in folder.glob("*.bin"))
+    hint = f" ({pickles[0]} is a pickle, which is not read: save it as safetensors first)" if pickles else ""
+    raise UserError(f"{folder} holds no {stem}.safetensors{hint}: give a folder in diffusers layout")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give a folder in diffusers layout")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+
+
+def _axes(key: str, ndim: int) -> tuple[int, ...] | None:
+    """The transpose from PyTorch's layout to ours; None where they agree."""
+    if ndim == 4:
+        return (2, 3, 1, 0)  # out in h w -> h w in out
+    if ndim == 2 and not key.endswith("embedding.weight"):
+        return (1, 0)  # out in -> in out
+    return None
+
+
+def to_ours(key: str, array: np.ndarray) -> np.ndarray:
+    axes = _axes(key, array.ndim)
+    return array if axes is None else array.transpose(axes)
+
+
+def to_theirs(key: str, array: np.ndarray) -> np.ndarray:
+    axes = _axes(key, array.ndim)
+    return array if axes is None else np.ascontiguousarray(array.transpose(np.argsort(axes)))
+
+
+def their_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in PyTorch's layout of one of our parameters."""
+    axes = _axes(key, len(shape))
+    return tuple(shape) if axes is None else tuple(shape[i] for i in np.argsort(axes))
+
+
+def load(expected: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype_of, where: str | Path) -> Tree:
+    """Reads exactly the `expected` parameters (a tree of shapes); `dtype_of(key)` gives each one's type, None as stored.
+
+    A tensor that is missing, left over or of another shape is a UserError that names it.
+    """
+    wanted = flatten(expected)
+    for kind, keys in (("lacks", wanted.keys() - tensors.keys()), ("holds unexpected", tensors.keys() - wanted.keys())):
+        if keys:
+            some = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise UserError(f"{where} {kind} {some}: it does not fit its config.json, or is of another kind of model")
+    params: Flat = {}
+    for key, like in wanted.items():
+        shape = their_shape(key, like.shape)
+        stored = tensors[key].shape
+        if stored != shape and not (stored == (*shape, 1, 1) and len(shape) == 2):  # 1 × 1 convolution where a Linear is meant
+            raise UserError(f"{where}: {key} has shape {list(stored)}, expected {list(shape)}: it does not fit its config.json")
+        array = to_ours(key, tensors[key].read().reshape(shape))
+        params[key] = jnp.asarray(array, dtype=dtype_of(key) or array.dtype)
+    return unflatten(params)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Gives a new, empty folder beside `target` to fill; it takes target's name when all went well, and else is gone."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    aside.chmod(0o755)
+    try:
+        yield aside
+        old = None
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / "was"
+            os.replace(target, old)
+        os.replace(aside, target)
+        if old is not None:
+            shutil.rmtree(old.parent, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def save(tree: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a parameter tree under its diffusers keys; dtypes stay. The header's metadata is text."""
+    arrays = {key: to_theirs(key, np.asarray(jax.device_get(value))) for key, value in flatten(tree).items()}
+    aside = path.with_name(f".{path.name}.part")
+    save_file(arrays, aside, {"format": "pt", **(metadata or {})})
+    aside.chmod(0o644)
+    os.replace(aside, path)
+
+
+def save_json(value: Mapping[str, Any], path: Path) -> None:
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,29 @@
+"""Shared models and compiled functions, so that the run compiles little; a compile cache that outlives the run."""
+
+import os
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+
+import jax
+import pytest
+
+CACHE = Path(__file__).parent.parent / ".cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A tiny Stable Diffusion folder written by diffusers, that is not the embedded one."""
+    from tests import reference
+
+    return reference.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory) -> Path:
+    """A tiny motion adapter for `base`, written by diffusers."""
+    from tests import reference
+
+    return reference.write_adapter(tmp_path_factory.mktemp("adapter"))

@@ -1,0 +1,101 @@
+"""The whole pipeline against diffusers' AnimateDiffPipeline: same folder, same latents, guidance on."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AnimateDiffPipeline as Theirs
+from diffusers import MotionAdapter
+
+import anidiff_jax
+from anidiff_jax.errors import UserError
+from tests import reference
+
+PROMPT, NEGATIVE = "a red circle moving right on a white background", "a blue star"
+
+
+def sample_theirs(base, adapter, latents, steps=5, guidance=7.5, lora=None, **scheduler):
+    pipe = Theirs.from_pretrained(base, motion_adapter=MotionAdapter.from_pretrained(adapter))
+    pipe.scheduler = reference.ddim(**scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    if lora is not None:
+        pipe.load_lora_weights(lora)
+    _, _, frames, h, w = latents.shape
+    return pipe(
+        PROMPT, negative_prompt=NEGATIVE, num_frames=frames, height=4 * h, width=4 * w, num_inference_steps=steps,
+        guidance_scale=guidance, latents=torch.tensor(latents), output_type="np", decode_chunk_size=4,
+    ).frames  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipe(base, adapter):
+    return anidiff_jax.AnimateDiffPipeline.from_pretrained(base, motion_adapter=adapter, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def latents():
+    return np.random.default_rng(0).standard_normal((1, 4, 6, 8, 10), np.float32)
+
+
+@pytest.fixture(scope="module")
+def video(pipe, latents):
+    return pipe(PROMPT, NEGATIVE, num_frames=6, height=32, width=40, num_inference_steps=5, guidance_scale=7.5, latents=latents)
+
+
+def test_frames_equal_diffusers(base, adapter, latents, video):
+    expected = sample_theirs(base, adapter, latents)
+    assert video.shape == (1, 6, 32, 40, 3)
+    assert video.dtype == np.float32
+    assert expected.std() > 0.02
+    assert np.abs(video - expected).max() <= 2e-3
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.01, "steps_offset": 0},
+        {"prediction_type": "v_prediction", "clip_sample": True},
+        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 400},
+    ],
+)
+def test_noise_arguments_mean_what_they_mean_in_diffusers(base, adapter, latents, video, noise):
+    pipe = anidiff_jax.AnimateDiffPipeline.from_pretrained(base, motion_adapter=adapter, **noise)
+    ours = pipe(PROMPT, NEGATIVE, num_frames=6, height=32, width=40, num_inference_steps=5, guidance_scale=7.5, latents=latents)
+    assert np.abs(ours - sample_theirs(base, adapter, latents, **noise)).max() <= 2e-3
+    assert np.abs(ours - video).max() > 0.02
+
+
+def test_a_video_depends_on_its_prompt_and_seed_only(pipe):
+    sizes = {"num_frames": 4, "height": 32, "width": 32, "num_inference_steps": 2}
+    alone = pipe(PROMPT, seed=3, **sizes)
+    listed = pipe(["a blue star", PROMPT], seed=3, **sizes)
+    np.testing.assert_array_equal(listed[1], alone[0])
+    assert np.abs(listed[0] - alone[0]).max() > 1e-3
+    assert np.abs(pipe(PROMPT, seed=4, **sizes) - alone).max() > 1e-2
+
+
+def test_no_guidance_is_guidance_of_one(pipe):
+    sizes = {"num_frames": 4, "height": 32, "width": 32, "num_inference_steps": 2}
+    skipped = pipe(PROMPT, guidance_scale=1.0, **sizes)
+    assert np.abs(skipped - pipe(PROMPT, guidance_scale=1.0 + 1e-6, **sizes)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"height": 30}, "height 30 is not a positive multiple of 4"),
+        ({"num_frames": 25}, "25 frames are more than the motion modules know (24"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"latents": np.zeros((1, 4, 3, 8, 8), np.float32)}, "latents have shape"),
+        ({"scheduler": "magic"}, "scheduler='magic'"),
+    ],
+)
+def test_mistakes_are_told(pipe, arguments, words):
+    with pytest.raises(UserError) as error:
+        pipe(PROMPT, **{"height": 32, "width": 32, **arguments})
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_embedded_model_needs_no_argument():
+    pipe = anidiff_jax.AnimateDiffPipeline.from_pretrained()
+    assert pipe(PROMPT, num_frames=3, num_inference_steps=2).shape == (1, 3, 64, 64, 3)
