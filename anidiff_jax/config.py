@@ -1,1 +1,241 @@
-EMBEDDED_DEFAULTS = {"sample_size": 64, "sample_stride": 1, "guidance_scale": 5.0}
+"""The arguments of train.py and sample.py: documented once, checked once. docs/arguments.md says where they differ from the reference's."""
+
+import difflib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from anidiff_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# What an argument that is not given becomes when no model is given either, and the embedded one is taken.
+EMBEDDED_DEFAULTS: dict[str, Any] = {"sample_size": 64, "sample_stride": 1, "guidance_scale": 5.0}
+EMBEDDED_PROMPTS = Path(__file__).parent / "shapes" / "validation.txt"
+PROMPTS = Path(__file__).parent / "validation.txt"
+
+
+def arg(default, help: str, **metadata):
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Arguments that training and sampling have in common. `given` names those that the user set."""
+
+    model_id_or_path: str | None = arg(None, "base model: folder in diffusers layout or hub id; none = the embedded tiny model")
+    model_revision: str | None = arg(None, "revision of the base model on the hub")
+    motion_adapter_id_or_path: str | None = arg(None, "motion adapter: folder, .safetensors file, checkpoint of full training, or hub id")
+    motion_adapter_revision: str | None = arg(None, "revision of the motion adapter on the hub")
+    sft_type: Literal["lora", "full"] = arg("lora", "train low-rank adapters, or the parameters themselves")
+    seed: int = arg(42, "everything random comes from it")
+    ignore_args_error: bool = arg(False, "warn about unknown arguments instead of stopping (for notebooks)")
+    validation_prompts_path: str | None = arg(None, "text file with a prompt a line; none = a file of the package")
+    enable_xformers_memory_efficient_attention: bool = arg(True, "choose attention by shape and device; false = keep all logits")
+    num_inference_steps: int = arg(25, "denoising steps of a video")
+    guidance_scale: float = arg(8.0, "classifier-free guidance; 1 or less = none, at half the cost")
+    sample_size: int = arg(256, "height and width in pixels")
+    sample_stride: int = arg(4, "distance of the frames of a clip in its video, in frames; in sampling it documents the motion's speed")
+    sample_n_frames: int = arg(16, "frames a clip")
+    motion_num_attention_heads: int = arg(8, "heads of fresh motion modules; an adapter brings its own")
+    motion_max_seq_length: int = arg(32, "longest clip that fresh motion modules know, in frames; an adapter brings its own")
+    num_train_timesteps: int = arg(1000, "steps of the noise")
+    beta_start: float = arg(0.00085, "variance of the noise's first step")
+    beta_end: float = arg(0.012, "variance of the noise's last step")
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = arg("linear", "how the variance grows between them")
+    steps_offset: int = arg(1, "added to every timestep of sampling")
+    clip_sample: bool = arg(False, "clip the predicted clean latents to [-1, 1] in sampling")
+    given: frozenset[str] = field(default=frozenset(), init=False, repr=False)
+
+    def __post_init__(self):
+        for name in ("num_inference_steps", "sample_size", "sample_stride", "sample_n_frames", "motion_max_seq_length"):
+            _at_least(self, name, 1)
+        _at_least(self, "motion_num_attention_heads", 1)
+        _at_least(self, "seed", 0)
+        if self.seed >= 2**32:
+            raise UserError(f"seed {self.seed} must be less than 2**32")
+        self.noise()
+
+    def noise(self):
+        """The noise that these arguments describe."""
+        from anidiff_jax.diffusion.schedule import NoiseSchedule
+
+        return NoiseSchedule(**{name: getattr(self, name) for name in NoiseSchedule.names() if hasattr(self, name)})
+
+    @property
+    def embedded(self) -> bool:
+        return self.model_id_or_path is None
+
+    @property
+    def attention(self) -> str:
+        return "auto" if self.enable_xformers_memory_efficient_attention else "xla"
+
+    def prompts(self) -> list[str]:
+        """The validation prompts, blank lines left out."""
+        path = Path(self.validation_prompts_path or (EMBEDDED_PROMPTS if self.embedded else PROMPTS))
+        if not path.is_file():
+            raise UserError(f"validation_prompts_path {path} does not exist: give a text file with a prompt a line")
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if not prompts:
+            raise UserError(f"validation_prompts_path {path} holds no prompt: write one a line")
+        return prompts
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run records; never the token."""
+        return {k: v for k, v in asdict(self).items() if k not in ("given", "hub_token")}
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Shared):
+    """Arguments of train.py."""
+
+    trainable_modules: str = arg(".*motion_modules.*", "regular expression, full match on parameter names (lora: on names of Linear layers)")
+    csv_path: str | None = arg(None, "csv with header name,contentUrl (or videoid,name); none = a .txt caption beside each video")
+    video_folder: str | None = arg(None, "folder that holds the videos")
+    dataset_sample_size: int | None = arg(None, "train on this many rows, drawn by the seed; none = all")
+    random_flip: bool = arg(False, "mirror half of the clips; off, since captions may name a direction")
+    text_dropout_rate: float = arg(0.1, "share of clips whose caption is left out, so that guidance works")
+    dataloader_num_workers: int = arg(1, "threads that decode videos")
+    batch_size: int = arg(1, "clips a device and micro-batch")
+    gradient_accumulation_steps: int = arg(16, "micro-batches an update; their mean is exact")
+    num_train_epochs: int = arg(1, "passes over the clips")
+    max_steps: int = arg(-1, "optimizer updates; 0 or more overrides num_train_epochs")
+    learning_rate: float | None = arg(None, "peak learning rate; none = 1e-4")
+    lr_scheduler_type: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = arg(
+        "cosine", "course of the learning rate over optimizer updates"
+    )
+    warmup_ratio: float = arg(0.05, "share of the updates over which the learning rate rises (constant: none)")
+    weight_decay: float = arg(0.01, "AdamW's decoupled weight decay")
+    max_grad_norm: float = arg(1.0, "gradients are scaled down to this global norm")
+    lora_rank: int = arg(8, "rank of the adapters")
+    lora_alpha: int = arg(32, "adapters are multiplied by lora_alpha / lora_rank")
+    lora_dropout: float = arg(0.05, "dropout on the adapters' input, in training only", aliases=["--lora_dropout_p"])
+    lora_dtype: Literal["fp32", "bf16", "fp16", "AUTO"] = arg("fp32", "type of the adapters' weights; AUTO = the model's")
+    gradient_checkpointing: bool = arg(False, "recompute each layer in the backward pass: less memory, about a third more time")
+    mixed_precision: bool = arg(True, "compute in bfloat16 on GPU and TPU; what trains stays in float32")
+    eval_steps: int = arg(50, "updates between validation videos")
+    save_steps: int | None = arg(None, "updates between checkpoints; none = eval_steps")
+    output_dir: str = arg("output", "the run is written to <output_dir>/ad-<time>/")
+    ddp_backend: Literal["nccl", "gloo", "mpi", "ccl", "hccl"] = arg("nccl", "nccl = the GPUs' own collectives; gloo, mpi = those of CPUs")
+    push_to_hub: bool = arg(False, "not built yet")
+    hub_model_id: str | None = arg(None, "with push_to_hub: owner/name")
+    hub_private_repo: bool = arg(False, "with push_to_hub: make the repository private")
+    push_hub_strategy: Literal["push_last", "push_best", "all_checkpoints"] = arg("push_best", "with push_to_hub: what to push")
+    hub_token: str | None = field(default=None, repr=False, metadata={"help": "with push_to_hub: access token; never stored"})
+    use_wandb: bool = arg(False, "log to Weights & Biases too (pip install wandb)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("batch_size", "gradient_accumulation_steps", "num_train_epochs", "lora_rank", "eval_steps", "dataloader_num_workers"):
+            _at_least(self, name, 1)
+        for name in ("save_steps", "dataset_sample_size"):
+            if getattr(self, name) is not None:
+                _at_least(self, name, 1)
+        for name in ("warmup_ratio", "text_dropout_rate", "lora_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} {getattr(self, name)} must be between 0 and 1")
+        for name in ("weight_decay", "max_grad_norm"):
+            _at_least(self, name, 0)
+        if self.learning_rate is not None and self.learning_rate <= 0:
+            raise UserError(f"learning_rate {self.learning_rate} must be positive")
+        if self.ddp_backend in ("ccl", "hccl"):
+            raise UserError(f"ddp_backend {self.ddp_backend} is for Intel and Ascend devices under PyTorch, which JAX has not: take nccl")
+        if self.push_to_hub:
+            raise UserError("push_to_hub is not built yet: train without it, then upload a checkpoint with `hf upload OWNER/NAME FOLDER`")
+        from anidiff_jax.lora import matches
+
+        matches(self.trainable_modules)
+
+
+@dataclass(frozen=True)
+class SampleConfig(_Shared):
+    """Arguments of sample.py."""
+
+    ckpt_dir: str | None = arg(None, "checkpoint of a training run (…/checkpoints/iter-N); none = the plain adapter")
+    eval_human: bool = arg(False, "ask for prompts; an empty line, exit or Ctrl-D ends it")
+    prompt: str | None = arg(None, "sample this prompt instead of the prompts file")
+    negative_prompt: str = arg("", "what the video should not show")
+    merge_lora: bool = arg(False, "fold the LoRA into the motion adapter and write it to <ckpt_dir>-merged, then sample")
+    replace_if_exists: bool = arg(False, "let merge_lora replace that folder")
+    output_path: str = arg("./generated", "folder for the GIFs")
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "type of weights and computation; auto = bfloat16 on GPU and TPU, float32 on CPU")
+    fps: float = arg(8.0, "frames a second of the GIFs")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.fps <= 50:
+            raise UserError(f"fps {self.fps} must be above 0 and at most 50, the fastest that viewers play")
+        if self.merge_lora and (self.ckpt_dir is None or self.sft_type != "lora"):
+            raise UserError("merge_lora needs --sft_type lora and --ckpt_dir, the checkpoint whose LoRA is to be merged")
+
+
+def _at_least(config, name: str, least: int) -> None:
+    if getattr(config, name) < least:
+        raise UserError(f"{name} {getattr(config, name)} must be at least {least}")
+
+
+Config = TypeVar("Config", TrainConfig, SampleConfig)
+
+
+def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """Command line → config. A JSON or YAML file may come first; what follows it on the command line wins.
+
+    Raises UserError for a value or an argument that does not exist; `--ignore_args_error true` makes the latter a warning.
+    """
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message):
+            raise UserError(f"{message} (see --help)")
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].endswith((".json", ".yaml", ".yml")):
+        words = _words_of_file(Path(words[0])) + words[1:]
+    parser = Parser(kind, allow_abbrev=False, description=kind.__doc__)
+    namespace, rest = parser.parse_known_args(words)
+    known = {f.name for f in fields(kind) if f.init}
+    named = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    given = {name.removeprefix("no_") if name not in known else name for name in named} & known
+    if "lora_dropout_p" in named:
+        given.add("lora_dropout")
+    values = vars(namespace)
+    if rest:
+        message = _unknown(rest[0], known)
+        if not values["ignore_args_error"]:
+            raise UserError(message)
+        log.warning("%s; ignored", message)
+    if values["model_id_or_path"] is None:
+        values.update({name: value for name, value in EMBEDDED_DEFAULTS.items() if name not in given})
+    config = kind(**{name: value for name, value in values.items() if name in known})
+    object.__setattr__(config, "given", frozenset(given))
+    return config
+
+
+def _unknown(word: str, known: set[str]) -> str:
+    name = word.lstrip("-").split("=")[0]
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"unknown argument {word.split('=')[0]}" + (f": did you mean --{near[0]}?" if near else " (see --help)")
+
+
+def _words_of_file(path: Path) -> list[str]:
+    """A config file as the words of a command line."""
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            import yaml
+
+            values = yaml.safe_load(text)
+    except Exception as error:  # json's and yaml's own kinds
+        raise UserError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} must hold names and values at its top level")
+    written = {True: "true", False: "false"}
+    return [f"--{k}={written[v] if isinstance(v, bool) else v}" for k, v in values.items() if v is not None]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from anidiff_jax.models.attention import attend
 from anidiff_jax.models.config import CLIPTextConfig
-from anidiff_jax.models.layers import Dense, LayerNorm, Settings
+from anidiff_jax.models.layers import DECLARED, Dense, LayerNorm, Settings
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -22,7 +22,7 @@ class Table(nn.Module):
 
     @nn.compact
     def __call__(self, ids):
-        return self.param("weight", nn.initializers.normal(0.02), (self.rows, self.width))[ids]
+        return self.param("weight", DECLARED, (self.rows, self.width))[ids]
 
 
 class Embeddings(nn.Module):

@@ -1,6 +1,5 @@
 """The layers that all networks share. Leaves carry PyTorch's names (`weight`, `bias`), so parameter paths equal the diffusers keys."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +35,7 @@ class Settings:
         return nn.remat(module) if self.remat else module
 
 
-def uniform_fan_in(key, shape, dtype=jnp.float32):
-    """PyTorch's default start for Linear and Conv weights: uniform within ±1/sqrt(fan in)."""
-    bound = 1 / math.sqrt(math.prod(shape[:-1]))
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+DECLARED = nn.initializers.zeros  # modules declare shapes; `init.draw` says what fresh parameters are
 
 
 class Dense(nn.Module):
@@ -51,16 +47,15 @@ class Dense(nn.Module):
     features: int
     settings: Settings
     use_bias: bool = True
-    zero: bool = False
 
     @nn.compact
     def __call__(self, x):
         s, dtype = self.settings, jnp.dtype(self.settings.dtype)
-        weight = self.param("weight", nn.initializers.zeros if self.zero else uniform_fan_in, (x.shape[-1], self.features))
+        weight = self.param("weight", DECLARED, (x.shape[-1], self.features))
         x = x.astype(dtype)
         y = jnp.matmul(x, weight.astype(dtype), precision=s.precision)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(dtype)
+            y = y + self.param("bias", DECLARED, (self.features,)).astype(dtype)
         if self.has_variable("lora", "lora_A"):
             down: Any = self.get_variable("lora", "lora_A")
             up: Any = self.get_variable("lora", "lora_B")
@@ -85,8 +80,8 @@ class Conv(nn.Module):
     def __call__(self, x):
         dtype = jnp.dtype(self.settings.dtype)
         side = (self.kernel - 1) // 2
-        weight = self.param("weight", uniform_fan_in, (self.kernel, self.kernel, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        weight = self.param("weight", DECLARED, (self.kernel, self.kernel, x.shape[-1], self.features))
+        bias = self.param("bias", DECLARED, (self.features,))
         y = jax.lax.conv_general_dilated(
             x.reshape(-1, *x.shape[-3:]).astype(dtype),  # ... h w c -> (...) h w c
             weight.astype(dtype),
@@ -112,8 +107,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         channels = x.shape[-1]
-        weight = self.param("weight", nn.initializers.ones, (channels,)).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
+        weight = self.param("weight", DECLARED, (channels,)).astype(jnp.float32)
+        bias = self.param("bias", DECLARED, (channels,)).astype(jnp.float32)
         axes = (-4, -3, -2) if self.over_frames else (-3, -2)
 
         def over_group(per_channel):  # (..., c): mean over the channels of each group, for each channel
@@ -135,8 +130,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        weight = self.param("weight", DECLARED, (x.shape[-1],)).astype(jnp.float32)
+        bias = self.param("bias", DECLARED, (x.shape[-1],)).astype(jnp.float32)
         x32 = x.astype(jnp.float32)
         mean = x32.mean(-1, keepdims=True)
         variance = jnp.square(x32 - mean).mean(-1, keepdims=True)

@@ -7,7 +7,7 @@ so that what is drawn moves. Its last projection starts at zero: at first the ne
 import flax.linen as nn
 import jax.numpy as jnp
 
-from anidiff_jax.models.layers import Attention, Dense, FeedForward, GroupNorm, LayerNorm, Settings
+from anidiff_jax.models.layers import DECLARED, Attention, Dense, FeedForward, GroupNorm, LayerNorm, Settings
 
 
 def sinusoid(length: int, channels: int):
@@ -25,7 +25,7 @@ class PositionTable(nn.Module):
     def __call__(self, frames: int, channels: int):
         if frames > self.max_frames:
             raise ValueError(f"{frames} frames, but the motion modules know positions up to {self.max_frames} only")
-        table = self.param("pe", lambda key: sinusoid(self.max_frames, channels))
+        table = self.param("pe", DECLARED, (1, self.max_frames, channels))
         return table[:, :frames]
 
 
@@ -63,5 +63,5 @@ class MotionModule(nn.Module):
         y = Dense(c, self.settings, name="proj_in")(y)
         for i in range(self.depth):
             y = TemporalBlock(self.heads, self.max_frames, self.settings, name=f"transformer_blocks.{i}")(y)
-        y = Dense(c, self.settings, zero=True, name="proj_out")(y)
+        y = Dense(c, self.settings, name="proj_out")(y)
         return x + y.reshape(b, h, w, f, c).transpose(0, 3, 1, 2, 4)  # (b h w) f c -> b f h w c

@@ -11,12 +11,13 @@ import jax
 
 from anidiff_jax.models.clip import CLIPTextModel
 from anidiff_jax.models.config import clip_config, fresh_motion_config, unet_config, vae_config
+from anidiff_jax.models.init import draw, shapes
 from anidiff_jax.models.unet import UNet
 from anidiff_jax.models.vae import AutoencoderKL
 from anidiff_jax.shapes.render import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES
 from anidiff_jax.shapes.tokenizer import write_tokenizer
 from anidiff_jax.weights import files
-from anidiff_jax.weights.tree import init, is_motion, split
+from anidiff_jax.weights.tree import is_motion, split
 
 WORDS = [*COLORS, *SHAPES, *BACKGROUNDS, *DIRECTIONS, "a", "on", "an", "the", "background", "moving"]
 UNET: dict[str, Any] = {
@@ -91,9 +92,8 @@ def write_tiny_model(folder: Path, seed: int = 0) -> None:
             "vae": (AutoencoderKL(vae_config(VAE)), VAE, "diffusion_pytorch_model"),
             "unet": (UNet(unet_config(UNET, motion)), UNET, "diffusion_pytorch_model"),
         }
-        for i, (name, (network, config, stem)) in enumerate(parts.items()):
-            key = jax.random.fold_in(jax.random.key(seed), i)
-            params = jax.tree.map(lambda x: x.astype("float16"), init(network, key))
+        for name, (network, config, stem) in parts.items():
+            params = jax.tree.map(lambda x: x.astype("float16"), draw(shapes(network), seed))
             motion_params, params = split(params, is_motion)
             (out / name).mkdir(exist_ok=True)
             files.save_json(config, out / name / "config.json")

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from anidiff_jax.errors import UserError
 from anidiff_jax.models.clip import CLIPTextModel
 from anidiff_jax.models.config import (
@@ -18,13 +16,14 @@ from anidiff_jax.models.config import (
     unet_config,
     vae_config,
 )
+from anidiff_jax.models.init import draw, shapes
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.networks import Networks
 from anidiff_jax.models.unet import UNet
 from anidiff_jax.models.vae import AutoencoderKL
 from anidiff_jax.weights import store
 from anidiff_jax.weights.files import Tensor, load, read_json
-from anidiff_jax.weights.tree import Tree, init, is_motion, merge, shapes, split
+from anidiff_jax.weights.tree import Tree, is_motion, merge, split
 
 EMBEDDED = Path(__file__).parent.parent / "shapes" / "model"
 
@@ -49,7 +48,7 @@ def load_model(
     settings: Settings = Settings(),
     dtype: str | None = "float32",
     keep_float32: Callable[[str], bool] = lambda key: False,
-    key: jax.Array | None = None,
+    seed: int = 0,
 ) -> Model:
     """Loads a base model with a motion adapter, with fresh motion modules ({heads, max_frames}), or with none.
 
@@ -90,8 +89,7 @@ def load_model(
         adapter = load(motion_shapes, motion_tensors, dtype_of, motion_adapter or base / "unet")
         unet = merge(unet, adapter)
     elif motion is not None:
-        drawn = jax.jit(lambda key: split(init(networks.unet, key), is_motion)[0])(jax.random.key(0) if key is None else key)
-        unet = merge(unet, drawn)
+        unet = merge(unet, draw(motion_shapes, seed))
     params = {
         "unet": unet,
         "vae": load(shapes(networks.vae), _vae_names(store.tensors_in(base / "vae")), lambda _: dtype, base / "vae"),

@@ -1,18 +1,10 @@
-"""Parameter trees: nested dicts whose paths, joined with ".", are the diffusers keys; and the shapes a model expects.
+"""Parameter trees: nested dicts whose paths, joined with ".", are the diffusers keys.
 
 A numeral belongs to the name before it: "to_out.0.weight" is {"to_out.0": {"weight": …}}, as the modules are named.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
-
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-
-from anidiff_jax.models.clip import CLIPTextModel
-from anidiff_jax.models.unet import UNet
-from anidiff_jax.models.vae import AutoencoderKL
 
 Tree = dict[str, Any]  # nested
 Flat = dict[str, Any]  # key → array
@@ -74,23 +66,3 @@ def is_motion(key: str) -> bool:
 def is_buffer(key: str) -> bool:
     """Whether a tensor is stored beside the parameters but never trains."""
     return key.endswith("pos_embed.pe")
-
-
-def shapes(model: nn.Module) -> Tree:
-    """Tree of jax.ShapeDtypeStruct (float32) of a network's parameters, without computing anything."""
-    return jax.eval_shape(lambda: init(model, jax.random.key(0)))
-
-
-def init(model: nn.Module, key) -> Tree:
-    """Freshly drawn parameters of a network."""
-    if isinstance(model, UNet):
-        c = model.config
-        side = 2 ** (len(c.down) - 1)
-        inputs: tuple = (jnp.zeros((1, 1, side, side, c.in_channels)), jnp.zeros((1,)), jnp.zeros((1, 1, c.cross_attention_dim)))
-    elif isinstance(model, AutoencoderKL):
-        inputs = (jnp.zeros((1, model.config.factor, model.config.factor, model.config.in_channels)),)
-    elif isinstance(model, CLIPTextModel):
-        inputs = (jnp.zeros((1, 1), jnp.int32),)
-    else:
-        raise TypeError(type(model))
-    return model.init(key, *inputs)["params"]

@@ -9,11 +9,12 @@ from diffusers import UNetMotionModel
 
 from anidiff_jax.models.clip import CLIPTextModel
 from anidiff_jax.models.config import clip_config, motion_config, unet_config, vae_config
+from anidiff_jax.models.init import draw, shapes
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.unet import UNet
 from anidiff_jax.models.vae import AutoencoderKL
 from anidiff_jax.weights.files import to_ours
-from anidiff_jax.weights.tree import flatten, init, is_buffer, is_motion, merge, split, unflatten
+from anidiff_jax.weights.tree import flatten, is_buffer, is_motion, merge, split, unflatten
 from tests import reference
 from tests.reference import close
 
@@ -140,7 +141,7 @@ def test_text_encoder(act):
 def test_fresh_motion_modules_leave_the_image_model_as_it_is():
     _, network, params = build(reference.unet(), reference.adapter())
     _, image_network, image = build(reference.unet())
-    fresh, _ = split(jax.jit(lambda key: init(network, key))(jax.random.key(0)), is_motion)
+    fresh, _ = split(draw(shapes(network), 0), is_motion)
     x = inputs(1, 4, 8, 8)
     with_motion = jax.jit(network.apply)({"params": merge(image, fresh)}, *x)
     close(with_motion, jax.jit(image_network.apply)({"params": image}, *x), 1e-6)  # compiled apart, so rounded apart
