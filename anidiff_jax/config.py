@@ -93,7 +93,9 @@ class _Shared:
 class TrainConfig(_Shared):
     """Arguments of train.py."""
 
-    trainable_modules: str = arg(".*motion_modules.*", "regular expression, full match on parameter names (lora: on names of Linear layers)")
+    trainable_modules: str = arg(
+        ".*motion_modules.*", "regular expression, full match on parameter names (lora: on names of Linear layers)"
+    )
     csv_path: str | None = arg(None, "csv with header name,contentUrl (or videoid,name); none = a .txt caption beside each video")
     video_folder: str | None = arg(None, "folder that holds the videos")
     dataset_sample_size: int | None = arg(None, "train on this many rows, drawn by the seed; none = all")
@@ -162,7 +164,9 @@ class SampleConfig(_Shared):
     merge_lora: bool = arg(False, "fold the LoRA into the motion adapter and write it to <ckpt_dir>-merged, then sample")
     replace_if_exists: bool = arg(False, "let merge_lora replace that folder")
     output_path: str = arg("./generated", "folder for the GIFs")
-    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "type of weights and computation; auto = bfloat16 on GPU and TPU, float32 on CPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = arg(
+        "auto", "type of weights and computation; auto = bfloat16 on GPU and TPU, float32 on CPU"
+    )
     fps: float = arg(8.0, "frames a second of the GIFs")
 
     def __post_init__(self):
@@ -189,13 +193,13 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
-        def error(self, message):
+        def error(self, message):  # argparse would print a page
             raise UserError(f"{message} (see --help)")
 
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".json", ".yaml", ".yml")):
         words = _words_of_file(Path(words[0])) + words[1:]
-    parser = Parser(kind, allow_abbrev=False, description=kind.__doc__)
+    parser = Parser(kind, allow_abbrev=False, description=kind.__doc__)  # type: ignore[arg-type]
     namespace, rest = parser.parse_known_args(words)
     known = {f.name for f in fields(kind) if f.init}
     named = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}

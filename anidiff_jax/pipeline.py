@@ -45,7 +45,7 @@ def denoise(unet: UNet, schedule: NoiseSchedule, params: Tree, lora: Tree, laten
 
     def one_step(latents, row):
         x = jnp.repeat(latents, text.shape[0], axis=0)
-        prediction = unet.apply({"params": params, "lora": lora}, x, jnp.full(x.shape[0], row.timestep), text)
+        prediction: Any = unet.apply({"params": params, "lora": lora}, x, jnp.full(x.shape[0], row.timestep), text)
         if guided:
             empty, prompt = jnp.split(prediction, 2)
             prediction = empty + guidance_scale * (prompt - empty)
@@ -75,7 +75,9 @@ class AnimateDiffPipeline:
     `model` holds networks and weights, `schedule` the noise, `lora` an adapter that is applied at `lora_scale`.
     """
 
-    def __init__(self, model: Model, schedule: NoiseSchedule, lora: Tree | None = None, lora_scale: float = 1.0, defaults: Mapping | None = None):
+    def __init__(
+        self, model: Model, schedule: NoiseSchedule, lora: Tree | None = None, lora_scale: float = 1.0, defaults: Mapping | None = None
+    ):
         self.model = model
         self.schedule = schedule
         self.lora = lora or {}
@@ -113,10 +115,11 @@ class AnimateDiffPipeline:
         unknown = noise.keys() - set(NoiseSchedule.names())
         if unknown:
             raise UserError(f"unknown argument {', '.join(sorted(unknown))}; the noise arguments are {', '.join(NoiseSchedule.names())}")
-        defaults = None
+        defaults: Mapping[str, Any] | None = None
         if base is None:
-            from anidiff_jax.config import EMBEDDED_DEFAULTS as defaults
+            from anidiff_jax.config import EMBEDDED_DEFAULTS
 
+            defaults = EMBEDDED_DEFAULTS
             base, motion_adapter = EMBEDDED, motion_adapter or EMBEDDED / "motion_adapter"
         model = load_model(
             resolve(str(base), model_revision),
@@ -207,4 +210,6 @@ def check_size(model: Model, num_frames: int, height: int, width: int) -> None:
     if num_frames < 1:
         raise UserError(f"num_frames {num_frames} must be at least 1")
     if config.has_motion and num_frames > config.max_frames:
-        raise UserError(f"{num_frames} frames are more than the motion modules know ({config.max_frames}, their motion_max_seq_length): take fewer")
+        raise UserError(
+            f"{num_frames} frames are more than the motion modules know ({config.max_frames}, their motion_max_seq_length): take fewer"
+        )

@@ -29,11 +29,11 @@ def save_gif(frames, path: Path, fps: float = 8, settings: Mapping[str, Any] | N
     palette = every.quantize(256, method=Image.Quantize.MEDIANCUT)
     images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
     ticks = np.round(np.arange(len(frames) + 1) * 100 / fps).astype(int)
-    comment = {"comment": json.dumps(dict(settings), ensure_ascii=False).encode()} if settings else {}
+    options: dict[str, Any] = {"duration": [int(t) * 10 for t in np.diff(ticks)], "loop": 0, "disposal": 1}
+    if settings:
+        options["comment"] = json.dumps(dict(settings), ensure_ascii=False).encode()
     with _aside(path) as part:
-        images[0].save(
-            part, "GIF", save_all=True, append_images=images[1:], duration=[int(t) * 10 for t in np.diff(ticks)], loop=0, disposal=1, **comment
-        )  # fmt: skip
+        images[0].save(part, "GIF", save_all=True, append_images=images[1:], **options)
 
 
 def save_mp4(frames, path: Path, fps: float = 8) -> None:

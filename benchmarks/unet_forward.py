@@ -23,7 +23,12 @@ import numpy as np
 HERE = Path(__file__).parent
 WORK = HERE / ".work"
 MODEL = WORK / "sd15"
-UNET = {"_class_name": "UNet2DConditionModel", "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+}
 VAE = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [128, 256, 512, 512],
@@ -210,7 +215,8 @@ def as_markdown(result: dict) -> str:
     for side, name in (("ours", "anidiff-jax"), ("theirs", "PyTorch diffusers")):
         r = result[side]
         lines.append(
-            f"| {name} | {r['seconds']:.1f} | {r['spread'][0]:.1f}–{r['spread'][1]:.1f} | {r['peak_gb']:.1f} GB | {r['load_seconds']:.1f} s "
+            f"| {name} | {r['seconds']:.1f} | {r['spread'][0]:.1f}–{r['spread'][1]:.1f} | {r['peak_gb']:.1f} GB "
+            f"| {r['load_seconds']:.1f} s "
             f"| {r['load_peak_gb']:.1f} GB | {r['compile_seconds']:.1f} s |"
         )
     speed, difference = result["ratio"], result["largest_difference_relative"]

@@ -35,10 +35,9 @@ def _with_decord(path, choose):
 
 
 def _with_imageio(path, choose):
-    import imageio
+    import imageio.v3 as iio
 
-    with imageio.get_reader(path, "ffmpeg") as reader:
-        frames = [frame for frame in reader]
+    frames = list(iio.imiter(path, plugin="FFMPEG"))
     return np.stack([frames[i] for i in choose(len(frames))])
 
 

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -23,7 +24,7 @@ class Clips:
         self.skipped: dict[int, str] = {}  # row → why
         self._lock = threading.Lock()  # one tokenizer, one count, many threads
 
-    def __call__(self, index: int, row: int) -> dict[str, np.ndarray] | None:
+    def __call__(self, index: int, row: int) -> dict[str, Any] | None:
         """Clip at place `index` of the stream: pixels uint8 (f, side, side, 3), ids (tokens,), index; None for a bad video."""
         if row in self.skipped:
             return None

@@ -23,7 +23,7 @@ def attend(q, k, v, kind: str = "auto", causal: bool = False):
 
     b, s, h, d = q.shape
     merge = lambda x: x.swapaxes(1, 2).reshape(b * h, x.shape[1], d)  # b s h d -> (b h) s d
-    one_head = lambda qkv: _attend_head(*qkv, causal)
+    one_head = lambda qkv: _attend_head(qkv[0], qkv[1], qkv[2], causal)
     q, k, v = merge(q), merge(k), merge(v)
     y = jax.lax.map(jax.checkpoint(one_head), (q, k, v)) if kind == "chunked" else one_head((q, k, v))
     return y.reshape(b, h, s, d).swapaxes(1, 2)  # (b h) s d -> b s h d

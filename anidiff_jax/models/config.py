@@ -182,7 +182,9 @@ def unet_config(raw: Mapping[str, Any], motion: MotionConfig | None, where: str 
         if kind not in _BLOCKS:
             raise UserError(f"{where}: block type {kind!r} is not supported (known: {', '.join(_BLOCKS)})")
     if len(down_types) != count or len(up_types) != count:
-        raise UserError(f"{where}: block_out_channels has {count} entries, down_block_types {len(down_types)}, up_block_types {len(up_types)}")
+        raise UserError(
+            f"{where}: block_out_channels has {count} entries, down_block_types {len(down_types)}, up_block_types {len(up_types)}"
+        )
     cross_dims = set(_per_block(get("cross_attention_dim", 1280), count, "cross_attention_dim", where))
     if len(cross_dims) > 1:
         raise UserError(f"{where}: cross_attention_dim {raw['cross_attention_dim']} differs between blocks, which is not supported")
@@ -202,11 +204,11 @@ def unet_config(raw: Mapping[str, Any], motion: MotionConfig | None, where: str 
     m = motion or still
     if m.channels != channels or [len(b) for b in m.down] != layers or [len(b) for b in m.up] != up_layers:
         raise UserError(
-            f"{where}: the motion adapter does not fit this model: its blocks have {m.channels} channels and {[len(b) for b in m.down]} layers, "
-            f"the model's {channels} and {layers}; take an adapter made for this kind of model"
+            f"{where}: the motion adapter does not fit this model: its blocks have {m.channels} channels and "
+            f"{[len(b) for b in m.down]} layers, the model's {channels} and {layers}; take an adapter made for this kind of model"
         )
 
-    def block(i, cross, depth, motion_depths, resample, index):
+    def block(i, cross, depth, motion_depths, resample):
         spatial = _per_block(depth, len(motion_depths), "transformer_layers_per_block", where) if cross else [0] * len(motion_depths)
         return BlockConfig(channels[i], tuple(spatial), heads[i], tuple(motion_depths), m.heads[i], resample)
 
@@ -221,9 +223,9 @@ def unet_config(raw: Mapping[str, Any], motion: MotionConfig | None, where: str 
         mid_scale=get("mid_block_scale_factor", 1.0),
         downsample_padding=get("downsample_padding", 1),
         max_frames=m.max_frames,
-        down=tuple(block(i, _BLOCKS[down_types[i]], depths[i], m.down[i], i < last, i) for i in range(count)),
-        mid=block(last, True, mid_depths, m.mid or (0,) * mid_layers, False, last),
-        up=tuple(block(last - i, _BLOCKS[up_types[i]], up_depths[i], m.up[i], i < last, i) for i in range(count)),
+        down=tuple(block(i, _BLOCKS[down_types[i]], depths[i], m.down[i], i < last) for i in range(count)),
+        mid=block(last, True, mid_depths, m.mid or (0,) * mid_layers, False),
+        up=tuple(block(last - i, _BLOCKS[up_types[i]], up_depths[i], m.up[i], i < last) for i in range(count)),
     )
 
 

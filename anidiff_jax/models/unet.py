@@ -87,9 +87,7 @@ class SpatialTransformer(nn.Module):
     @nn.compact
     def __call__(self, x, text):
         b, f, h, w, c = x.shape
-        project = lambda name: (
-            Dense(c, self.settings, name=name) if self.linear_projection else Conv(c, self.settings, kernel=1, name=name)
-        )
+        project = lambda name: Dense(c, self.settings, name=name) if self.linear_projection else Conv(c, self.settings, kernel=1, name=name)
         y = project("proj_in")(GroupNorm(self.groups, 1e-6, self.settings, name="norm")(x))
         y = y.reshape(b, f, h * w, c)  # b f h w c -> b f (h w) c
         for i in range(self.depth):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from anidiff_jax.models.clip import CLIPTextModel
 from anidiff_jax.models.config import clip_config, fresh_motion_config, unet_config, vae_config
@@ -17,7 +18,7 @@ from anidiff_jax.models.vae import AutoencoderKL
 from anidiff_jax.shapes.render import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES
 from anidiff_jax.shapes.tokenizer import write_tokenizer
 from anidiff_jax.weights import files
-from anidiff_jax.weights.tree import is_motion, split
+from anidiff_jax.weights.tree import flatten, is_motion, split
 
 WORDS = [*COLORS, *SHAPES, *BACKGROUNDS, *DIRECTIONS, "a", "on", "an", "the", "background", "moving"]
 UNET: dict[str, Any] = {
@@ -93,17 +94,21 @@ def write_tiny_model(folder: Path, seed: int = 0) -> None:
             "unet": (UNet(unet_config(UNET, motion)), UNET, "diffusion_pytorch_model"),
         }
         for name, (network, config, stem) in parts.items():
-            params = jax.tree.map(lambda x: x.astype("float16"), draw(shapes(network), seed))
-            motion_params, params = split(params, is_motion)
-            (out / name).mkdir(exist_ok=True)
-            files.save_json(config, out / name / "config.json")
-            files.save(params, out / name / f"{stem}.safetensors")
-        (out / "motion_adapter").mkdir()
-        files.save_json(motion.to_json(), out / "motion_adapter" / "config.json")
-        files.save(motion_params, out / "motion_adapter" / "diffusion_pytorch_model.safetensors")
+            motion_params, params = split(draw(shapes(network), seed), is_motion)
+            write_part(params, config, out / name, stem)
+        rng = np.random.default_rng(seed)
+        lively = lambda x: 0.1 * rng.standard_normal(x.shape, np.float32)  # a trained adapter's last projections are not zero
+        motion_params = {k: lively(v) if k.endswith("proj_out.weight") else v for k, v in flatten(motion_params).items()}
+        write_part(motion_params, motion.to_json(), out / "motion_adapter", "diffusion_pytorch_model")
         (out / "scheduler").mkdir()
         files.save_json(SCHEDULER, out / "scheduler" / "scheduler_config.json")
         files.save_json(INDEX, out / "model_index.json")
+
+
+def write_part(params, config: dict[str, Any], folder: Path, stem: str) -> None:
+    folder.mkdir(exist_ok=True)
+    files.save_json(config, folder / "config.json")
+    files.save(jax.tree.map(lambda x: x.astype("float16"), params), folder / f"{stem}.safetensors")
 
 
 if __name__ == "__main__":

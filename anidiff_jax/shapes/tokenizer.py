@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'!?:"
@@ -12,7 +13,7 @@ def _bpe(word: str, rank: dict[tuple[str, str], int]) -> list[str]:
     """The pieces into which byte-pair encoding with these merges cuts a word."""
     pieces = [*word[:-1], word[-1] + END]
     while len(pieces) > 1:
-        pairs = list(zip(pieces, pieces[1:], strict=False))
+        pairs = list(pairwise(pieces))
         best = min(pairs, key=lambda pair: rank.get(pair, len(rank)))
         if best not in rank:
             break

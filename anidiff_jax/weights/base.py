@@ -23,9 +23,11 @@ from anidiff_jax.models.unet import UNet
 from anidiff_jax.models.vae import AutoencoderKL
 from anidiff_jax.weights import store
 from anidiff_jax.weights.files import Tensor, load, read_json
+from anidiff_jax.weights.store import STEMS
 from anidiff_jax.weights.tree import Tree, is_motion, merge, split
 
 EMBEDDED = Path(__file__).parent.parent / "shapes" / "model"
+EMBEDDED_CLIPS = EMBEDDED.parent / "clips"
 
 
 @dataclass
@@ -44,8 +46,8 @@ def load_model(
     base: Path,
     motion_adapter: Path | None = None,
     *,
-    fresh_motion: Mapping[str, int] | None = None,
-    settings: Settings = Settings(),
+    fresh_motion: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
     dtype: str | None = "float32",
     keep_float32: Callable[[str], bool] = lambda key: False,
     seed: int = 0,
@@ -55,10 +57,10 @@ def load_model(
     dtype: of all weights (None: as stored), except those of the UNet for which keep_float32(key). A base that is itself a
     video model (UNetMotionModel) brings its own motion modules. Errors (UserError) name the file and the tensor or key.
     """
-    base = store.base_folder(base)
+    base, settings = store.base_folder(base), settings or Settings()
     dtype_of = lambda key: "float32" if keep_float32(key) else dtype
     unet_json = read_json(base / "unet" / "config.json")
-    unet_tensors = store.tensors_in(base / "unet")
+    unet_tensors = named_tensors(base, "unet")
     groups = unet_json.get("norm_num_groups") or 32
     own_motion = {k: t for k, t in unet_tensors.items() if is_motion(k)}
     unet_tensors = {k: t for k, t in unet_tensors.items() if not is_motion(k)}
@@ -92,10 +94,8 @@ def load_model(
         unet = merge(unet, draw(motion_shapes, seed))
     params = {
         "unet": unet,
-        "vae": load(shapes(networks.vae), _vae_names(store.tensors_in(base / "vae")), lambda _: dtype, base / "vae"),
-        "text_encoder": load(
-            shapes(networks.text_encoder), _text_names(store.tensors_in(base / "text_encoder", "model")), lambda _: dtype, base / "text_encoder"
-        ),
+        "vae": load(shapes(networks.vae), named_tensors(base, "vae"), lambda _: dtype, base / "vae"),
+        "text_encoder": load(shapes(networks.text_encoder), named_tensors(base, "text_encoder"), lambda _: dtype, base / "text_encoder"),
     }
     scheduler = base / "scheduler" / "scheduler_config.json"
     return Model(
@@ -123,6 +123,11 @@ def _check_fit(networks: Networks, base: Path) -> None:
         )
 
 
+def named_tensors(base: Path, part: str) -> dict[str, Tensor]:
+    """A component's tensors under the names of today's diffusers and, for the text encoder, with `text_model.` in front."""
+    return NAMES[part](store.tensors_in(base / part, STEMS[part]))
+
+
 def _text_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names with `text_model.`, as older transformers wrote them; without the position_ids buffer."""
     named = {k if k.startswith("text_model.") else f"text_model.{k}": t for k, t in tensors.items()}
@@ -138,3 +143,6 @@ def _vae_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return ".".join([*path, old.get(layer, layer) if "attentions" in path else layer, leaf])
 
     return {rename(k): t for k, t in tensors.items()}
+
+
+NAMES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {"unet": dict, "vae": _vae_names, "text_encoder": _text_names}

@@ -14,7 +14,8 @@ from anidiff_jax.weights.files import Tensor, read_json
 from anidiff_jax.weights.tree import Flat, is_motion
 
 ORBAX = "params"  # name of the folder of arrays inside a component's folder
-PARTS = ("unet", "vae", "text_encoder")
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}  # of a component's files
+PARTS = tuple(STEMS)
 
 
 class Restored(NamedTuple):
@@ -32,7 +33,7 @@ class Restored(NamedTuple):
         return self.array.transpose(axes)
 
 
-def tensors_in(folder: Path, stem: str = "diffusion_pytorch_model") -> dict[str, Any]:
+def tensors_in(folder: Path, stem: str = STEMS["unet"]) -> dict[str, Any]:
     """Every tensor of a component's folder, from Orbax or safetensors."""
     if (folder / ORBAX).is_dir():
         return {key: Restored(key, array) for key, array in restore_flat(folder / ORBAX).items()}
@@ -106,10 +107,18 @@ def motion_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def write_component(tensors: Mapping[str, Tensor], source: Path, target: Path) -> int:
     """Copies one component into Orbax, arrays in our layout and in their own types; returns how many bytes."""
-    target.mkdir(parents=True)
-    for name in ("config.json",):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    target.mkdir(parents=True, exist_ok=True)
+    config = source / "config.json"
+    if config.is_file():
+        shutil.copyfile(config, target / config.name)
+    else:
+        files.save_json({}, target / config.name)
     arrays = {key: files.to_ours(key, tensor.read()) for key, tensor in tensors.items()}
     save_flat(arrays, target / ORBAX)
     return sum(a.nbytes for a in arrays.values())
+
+
+def must_not_exist(path: Path) -> None:
+    """A UserError where a folder to be written is there already."""
+    if path.exists():
+        raise UserError(f"{path} exists: choose another name, or move it away")

@@ -22,7 +22,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Flat:
 
 
 def names_of(key: str) -> list[str]:
-    """"net.0.proj.weight" → ["net.0", "proj", "weight"]."""
+    """ "net.0.proj.weight" → ["net.0", "proj", "weight"]."""
     names: list[str] = []
     for part in key.split("."):
         if part.isdecimal() and names:

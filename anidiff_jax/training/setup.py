@@ -1,0 +1,121 @@
+"""From arguments to what the loop needs: the model, and its parameters split into what trains and what is frozen."""
+
+import logging
+from pathlib import Path
+
+import jax
+
+from anidiff_jax.config import TrainConfig
+from anidiff_jax.errors import UserError
+from anidiff_jax.lora import init_lora, linear_layers, matches
+from anidiff_jax.models.config import fresh_motion_config, is_motion_unet, unet_config
+from anidiff_jax.models.init import shapes
+from anidiff_jax.models.layers import Settings
+from anidiff_jax.models.unet import UNet
+from anidiff_jax.pipeline import check_size
+from anidiff_jax.weights.base import EMBEDDED, EMBEDDED_CLIPS, Model, load_model
+from anidiff_jax.weights.files import read_json
+from anidiff_jax.weights.hub import resolve
+from anidiff_jax.weights.tree import Tree, flatten, is_buffer, is_motion, split
+
+log = logging.getLogger(__name__)
+
+LORA_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def load(config: TrainConfig) -> Model:
+    """The base model, with the adapter that was given, or fresh motion modules where full training is to make them.
+
+    Frozen weights are in the compute type, once; what full training trains is in float32.
+    """
+    base = EMBEDDED if config.model_id_or_path is None else resolve(config.model_id_or_path, config.model_revision)
+    adapter: Path | None = None
+    if config.motion_adapter_id_or_path is not None:
+        adapter = resolve(config.motion_adapter_id_or_path, config.motion_adapter_revision)
+    elif config.embedded and config.sft_type == "lora":
+        adapter = EMBEDDED / "motion_adapter"
+
+    fresh = None
+    if adapter is None and (base / "unet" / "config.json").is_file():
+        raw = read_json(base / "unet" / "config.json")
+        if not is_motion_unet(raw) and config.sample_n_frames > 1 and _touches_motion(config, raw):
+            if config.sft_type == "lora":
+                raise UserError(
+                    "lora on motion modules needs the motion adapter to adapt: give --motion_adapter_id_or_path, "
+                    "or --sft_type full to train one from nothing"
+                )
+            fresh = {"heads": config.motion_num_attention_heads, "max_frames": config.motion_max_seq_length}
+
+    dtype = compute_dtype(config)
+    trains = matches(config.trainable_modules)
+    model = load_model(
+        base,
+        adapter,
+        fresh_motion=fresh,
+        settings=Settings(
+            dtype=dtype,
+            attention=config.attention,
+            remat=config.gradient_checkpointing,
+            lora_dropout=config.lora_dropout if config.sft_type == "lora" else 0.0,
+        ),
+        dtype=dtype,
+        keep_float32=(lambda key: trains(key) and not is_buffer(key)) if config.sft_type == "full" else (lambda key: False),
+        seed=config.seed,
+    )
+    _check_motion(config, model)
+    check_size(model, config.sample_n_frames, config.sample_size, config.sample_size)
+    return model
+
+
+def data_paths(config: TrainConfig) -> tuple[str | None, str | None]:
+    """(csv_path, video_folder); the embedded clips where the embedded model trains and nothing else is given."""
+    if config.embedded and config.csv_path is None and config.video_folder is None:
+        return str(EMBEDDED_CLIPS / "clips.csv"), str(EMBEDDED_CLIPS)
+    return config.csv_path, config.video_folder
+
+
+def compute_dtype(config: TrainConfig) -> str:
+    if not config.mixed_precision:
+        return "float32"
+    if jax.default_backend() == "cpu":
+        if "mixed_precision" in config.given:
+            log.warning("mixed_precision: a CPU is slower in bfloat16, so float32 is used")
+        return "float32"
+    return "bfloat16"
+
+
+def split_params(config: TrainConfig, model: Model) -> tuple[Tree, dict[str, Tree]]:
+    """(what trains, what is frozen): for full a part of the UNet's tree, for lora fresh adapters beside all of it.
+
+    No copy is made, and the step donates what trains: afterwards the model's own `params` must not be used.
+    """
+    unet = model.params["unet"]
+    if config.sft_type == "lora":
+        dtype = LORA_DTYPES.get(config.lora_dtype, compute_dtype(config))
+        trained = init_lora(jax.random.key(config.seed), unet, config.trainable_modules, config.lora_rank, dtype)
+        frozen_unet = unet
+    else:
+        trains = matches(config.trainable_modules)
+        trained, frozen_unet = split(unet, lambda key: trains(key) and not is_buffer(key))
+        if not trained:
+            some = ", ".join(list(flatten(unet))[:3])
+            raise UserError(f"trainable_modules={config.trainable_modules!r} matches no parameter of the UNet; names look like {some}")
+    return trained, {**model.params, "unet": frozen_unet}
+
+
+def _touches_motion(config: TrainConfig, raw: dict) -> bool:
+    """Whether the pattern would train motion modules, were there any."""
+    motion = fresh_motion_config(raw, 1, config.motion_max_seq_length)
+    names = split(shapes(UNet(unet_config(raw, motion))), is_motion)[0]
+    chosen = matches(config.trainable_modules)
+    return any(map(chosen, linear_layers(names) if config.sft_type == "lora" else flatten(names)))
+
+
+def _check_motion(config: TrainConfig, model: Model) -> None:
+    """An adapter's own shape wins; arguments that say otherwise are an error."""
+    if model.motion is None:
+        return
+    said = {"motion_max_seq_length": model.motion.max_frames, "motion_num_attention_heads": model.motion.heads[0]}
+    for name, own in said.items():
+        if name in config.given and getattr(config, name) != own:
+            raise UserError(f"{name} {getattr(config, name)} conflicts with the motion adapter, which has {own}: leave the argument out")

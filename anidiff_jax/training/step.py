@@ -1,0 +1,86 @@
+"""One optimizer update: encode, add noise, predict it, learn. Pure functions of (state, frozen, batch)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from anidiff_jax.diffusion.schedule import NoiseSchedule, add_noise, target
+from anidiff_jax.lora import scaled
+from anidiff_jax.models.networks import Networks
+from anidiff_jax.parallel import AXIS
+from anidiff_jax.training.state import TrainState
+from anidiff_jax.weights.tree import Tree, merge
+
+FRAMES_AT_ONCE = 4  # of the VAE's encoder, which needs far more memory a frame than the UNet
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is computed, apart from weights and data. lora_scale: None when the UNet's own parameters train."""
+
+    networks: Networks
+    schedule: NoiseSchedule
+    seed: int
+    lora_scale: float | None = None
+
+    def unet_variables(self, trained: Tree, frozen: Tree) -> dict[str, Tree]:
+        """Flax variables of the UNet from what trains and what does not."""
+        if self.lora_scale is None:
+            return {"params": merge(frozen, trained)}
+        return {"params": frozen, "lora": scaled(trained, self.lora_scale)}
+
+
+def encode_clip(task: Task, frozen: dict[str, Tree], pixels, key):
+    """uint8 frames (f, H, W, 3) → latents (f, h, w, c), drawn from the VAE's posterior and scaled."""
+    vae = task.networks.vae
+    images = pixels.astype(jnp.float32) / 127.5 - 1
+    encode = lambda image: jax.tree.map(lambda x: x[0], vae.apply({"params": frozen["vae"]}, image[None], method="encode"))
+    posterior = jax.lax.map(encode, images, batch_size=min(FRAMES_AT_ONCE, images.shape[0]))
+    return (posterior.sample(key) - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def denoising_loss(trained, frozen, task: Task, latents, text, key):
+    """Mean squared error of the prediction for one clip: latents (f, h, w, c), text (tokens, d).
+
+    All frames of a clip share their timestep, and each has noise of its own.
+    """
+    for_step, for_noise, for_dropout = jax.random.split(key, 3)
+    timestep = jax.random.randint(for_step, (), 0, task.schedule.num_train_timesteps)
+    noise = jax.random.normal(for_noise, latents.shape)
+    noisy = add_noise(task.schedule, latents, noise, timestep)
+    variables = task.unet_variables(trained, frozen["unet"])
+    prediction = task.networks.unet.apply(variables, noisy[None], timestep[None], text[None], rngs={"dropout": for_dropout})[0]
+    return jnp.mean(jnp.square(prediction - target(task.schedule, latents, noise, timestep)))
+
+
+def make_update(task: Task, optimizer: optax.GradientTransformation) -> Callable:
+    """update(state, frozen, batch) → (state, {"loss", "grad_norm"}) for one device among those of AXIS.
+
+    batch: pixels uint8 (micro-batches, clips, f, H, W, 3), ids (…, tokens), index (…) the clip's place in the stream. Every
+    random draw is keyed by it, so a clip's noise does not depend on which device gets it.
+    """
+
+    def gradients(params, frozen, clips):  # one micro-batch
+        keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(task.seed), index))(clips["index"])
+        keys = jax.vmap(jax.random.split)(keys)  # (clips, 2)
+        latents = jax.vmap(lambda pixels, key: encode_clip(task, frozen, pixels, key))(clips["pixels"], keys[:, 0])
+        text = task.networks.text_encoder.apply({"params": frozen["text_encoder"]}, clips["ids"])
+        one = lambda params, *clip: denoising_loss(params, frozen, task, *clip)
+        return jax.value_and_grad(lambda params: jax.vmap(one, (None, 0, 0, 0))(params, latents, text, keys[:, 1]).mean())(params)
+
+    def update(state: TrainState, frozen: dict[str, Tree], batch: dict[str, Any]):
+        zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params))
+        add = lambda total, clips: (jax.tree.map(jnp.add, total, gradients(state.params, frozen, clips)), None)
+        total, _ = jax.lax.scan(add, zeros, batch)
+        count = batch["index"].shape[0]
+        loss, grads = jax.lax.pmean(jax.tree.map(lambda x: x / count, total), AXIS)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return state.advance(params, opt_state), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+
+    return update

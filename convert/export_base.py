@@ -1,0 +1,44 @@
+"""Exports a base model that convert/import_base.py imported as a folder in diffusers layout, bit for bit.
+
+python convert/export_base.py --input sd15-orbax --output SD15 [--verify]
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from anidiff_jax.errors import run_script
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--input", type=Path, required=True, help="folder that import_base.py wrote")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--verify", action="store_true", help="load the result in PyTorch diffusers and compare a forward pass")
+    args = parser.parse_args()
+
+    from anidiff_jax.weights import files, store
+    from anidiff_jax.weights.base import named_tensors
+
+    store.must_not_exist(args.output)
+    source = store.base_folder(args.input)
+    with files.written_whole(args.output) as out:
+        for part in store.PARTS:
+            (out / part).mkdir()
+            shutil.copyfile(source / part / "config.json", out / part / "config.json")
+            tensors = {key: files.to_ours(key, tensor.read()) for key, tensor in named_tensors(source, part).items()}
+            files.save(tensors, out / part / f"{store.STEMS[part]}.safetensors")
+        for name in ("tokenizer", "scheduler"):
+            if (source / name).is_dir():
+                shutil.copytree(source / name, out / name)
+        if (source / "model_index.json").is_file():
+            shutil.copyfile(source / "model_index.json", out / "model_index.json")
+    print(args.output)
+    if args.verify:
+        from anidiff_jax.weights.verify import verify
+
+        verify(source, args.output)
+
+
+if __name__ == "__main__":
+    run_script(main)

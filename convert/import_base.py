@@ -1,0 +1,46 @@
+"""Imports a Stable Diffusion folder in diffusers layout into an Orbax checkpoint of ours, with its configs and tokenizer.
+
+python convert/import_base.py --model_id_or_path SD15 --output sd15-orbax [--verify]
+
+The result is taken wherever --model_id_or_path is; convert/export_base.py writes it back, bit for bit.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from anidiff_jax.errors import run_script
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_id_or_path", required=True, help="folder in diffusers layout, or hub id")
+    parser.add_argument("--model_revision", help="revision on the hub")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--verify", action="store_true", help="compare a forward pass with PyTorch diffusers")
+    args = parser.parse_args()
+
+    from anidiff_jax.weights import files, store
+    from anidiff_jax.weights.base import named_tensors
+    from anidiff_jax.weights.hub import resolve
+
+    store.must_not_exist(args.output)
+    source = store.base_folder(resolve(args.model_id_or_path, args.model_revision))
+    size = 0
+    with files.written_whole(args.output) as out:
+        for part in store.PARTS:
+            size += store.write_component(named_tensors(source, part), source / part, out / part)
+        for name in ("tokenizer", "scheduler"):
+            if (source / name).is_dir():
+                shutil.copytree(source / name, out / name)
+        if (source / "model_index.json").is_file():
+            shutil.copyfile(source / "model_index.json", out / "model_index.json")
+    print(f"{args.output}: {size / 1e9:.2f} GB")
+    if args.verify:
+        from anidiff_jax.weights.verify import verify
+
+        verify(args.output, source)
+
+
+if __name__ == "__main__":
+    run_script(main)
