@@ -18,7 +18,6 @@ def main() -> None:
     args = parser.parse_args()
 
     from anidiff_jax.weights import files, store
-    from anidiff_jax.weights.base import named_tensors
 
     store.must_not_exist(args.output)
     source = store.base_folder(args.input)
@@ -26,7 +25,7 @@ def main() -> None:
         for part in store.PARTS:
             (out / part).mkdir()
             shutil.copyfile(source / part / "config.json", out / part / "config.json")
-            tensors = {key: files.to_ours(key, tensor.read()) for key, tensor in named_tensors(source, part).items()}
+            tensors = {key: files.to_ours(key, t.read()) for key, t in store.tensors_in(source / part, store.STEMS[part]).items()}
             files.save(tensors, out / part / f"{store.STEMS[part]}.safetensors")
         for name in ("tokenizer", "scheduler"):
             if (source / name).is_dir():

@@ -21,7 +21,6 @@ def main() -> None:
     args = parser.parse_args()
 
     from anidiff_jax.weights import files, store
-    from anidiff_jax.weights.base import named_tensors
     from anidiff_jax.weights.hub import resolve
 
     store.must_not_exist(args.output)
@@ -29,7 +28,7 @@ def main() -> None:
     size = 0
     with files.written_whole(args.output) as out:
         for part in store.PARTS:
-            size += store.write_component(named_tensors(source, part), source / part, out / part)
+            size += store.write_component(store.tensors_in(source / part, store.STEMS[part]), source / part, out / part)
         for name in ("tokenizer", "scheduler"):
             if (source / name).is_dir():
                 shutil.copytree(source / name, out / name)

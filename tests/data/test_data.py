@@ -1,0 +1,167 @@
+"""Rows, clips and batches: what is left out is counted and named, what is drawn is a function of the seed."""
+
+import logging
+import shutil
+
+import numpy as np
+import pytest
+
+from anidiff_jax.config import TrainConfig
+from anidiff_jax.data.decode import BadVideo, read_clip, square, window
+from anidiff_jax.data.loader import Clips, batches
+from anidiff_jax.data.records import Records, read_records
+from anidiff_jax.errors import UserError
+from anidiff_jax.shapes.clips import write_clips
+from anidiff_jax.shapes.render import Scene, render
+from anidiff_jax.video import save_mp4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    write_clips(folder, 6, seed=1)
+    return folder
+
+
+def tokenize(caption):
+    return np.full(4, len(caption), np.int32)
+
+
+def clips_of(records, **config):
+    return Clips(records, TrainConfig(**{"sample_size": 16, "sample_n_frames": 4, "text_dropout_rate": 0.0, **config}), tokenize)
+
+
+def test_csv_formats(folder, tmp_path):
+    plain = read_records(str(folder / "clips.csv"), str(folder))
+    assert len(plain) == 6
+    videoid = tmp_path / "v.csv"
+    rows = [f"{name.removesuffix('.mp4')},{caption}" for name, caption in zip(plain.names, plain.captions, strict=True)]
+    videoid.write_text("\n".join(["videoid,name", *rows]))
+    assert read_records(str(videoid), str(folder)) == plain
+    url = tmp_path / "u.csv"
+    url.write_text("videoid,contentUrl,duration,page_dir,name\n" + f'1,https://h/a/b/{plain.names[0]},PT1S,x,"a cat, a dog"\n', "utf-8-sig")
+    found = read_records(str(url), str(folder))
+    assert (found.names, found.captions) == (plain.names[:1], ["a cat, a dog"])
+
+
+def test_captions_beside_the_videos(folder, tmp_path):
+    for name in ("b.mp4", "a.mp4", "c.mp4"):
+        shutil.copyfile(next(folder.glob("*.mp4")), tmp_path / name)
+    with pytest.raises(UserError, match="no video has a"):
+        read_records(None, str(tmp_path))
+    (tmp_path / "a.txt").write_text("one\n")
+    (tmp_path / "b.txt").write_text("two")
+    assert read_records(None, str(tmp_path)) == Records(tmp_path, ["a.mp4", "b.mp4"], ["one", "two"])
+
+
+def test_rows_without_a_file_are_counted(folder, tmp_path, caplog):
+    path = tmp_path / "c.csv"
+    path.write_text((folder / "clips.csv").read_text() + "gone,gone.mp4\nlost,lost.mp4\n")
+    with caplog.at_level(logging.WARNING):
+        assert len(read_records(str(path), str(folder))) == 6
+    assert "2 of 8 rows" in caplog.text
+    assert "gone.mp4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a red circle,x.mp4\n", "must name the columns name,contentUrl"),
+        ("", "must name the columns"),
+        ("name,contentUrl\n", "it has no rows"),
+        ("name,contentUrl\nx,y.mp4\n", "none of its 1 videos lies in"),
+        (b"name,contentUrl\n\xff\xfe\n", "cannot be read as csv"),
+    ],
+)
+def test_an_unusable_csv_is_an_error_at_once(folder, tmp_path, text, words):
+    path = tmp_path / "c.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=words):
+        read_records(str(path), str(folder))
+
+
+def test_exactly_n_rows_are_drawn(folder):
+    records = read_records(str(folder / "clips.csv"), str(folder))
+    drawn = records.drawn(3, seed=5)
+    assert len(drawn) == 3
+    assert drawn == records.drawn(3, seed=5)
+    assert any(records.drawn(3, seed=s) != drawn for s in range(10))
+    assert len(records.drawn(100, seed=5)) == 6
+
+
+def test_window():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        chosen = window(100, 16, 4, rng)
+        assert set(np.diff(chosen)) == {4}
+        assert chosen[0] >= 0
+        assert chosen[-1] <= 99
+    spread = window(24, 16, 4, rng)  # shorter than 61 frames: all of it
+    assert (spread[0], spread[-1]) == (0, 23)
+    assert len({tuple(window(70, 16, 4, np.random.default_rng(s))) for s in range(100)}) == 10
+    with pytest.raises(BadVideo, match="has 15 frames, a clip needs 16"):
+        window(15, 16, 4, rng)
+
+
+def test_frames_are_those_of_the_video(tmp_path):
+    true = render(Scene("square", "red", "white", 0.5, 0.5, 0.2, "right"), 24, 64)
+    save_mp4(true, tmp_path / "a.mp4")
+    frames = read_clip(tmp_path / "a.mp4", lambda n: np.array([0, n // 2, n - 1]))
+    assert np.abs(frames.astype(int) - true[[0, 12, 23]]).mean() < 4
+    wide = np.concatenate([true, np.zeros_like(true[:, :, :32])], 2)[:, :, 16:80]  # 64 × 64 cut out of 64 × 96
+    assert square(np.concatenate([true, true], 2), 32).shape == (24, 32, 32, 3)
+    np.testing.assert_array_equal(square(wide, 64), wide)
+
+
+def test_bad_videos_are_left_out_counted_and_named(folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    names = sorted(p.name for p in tmp_path.glob("*.mp4"))
+    (tmp_path / names[0]).write_bytes((tmp_path / names[0]).read_bytes()[:900])
+    (tmp_path / names[1]).write_bytes(b"")
+    (tmp_path / names[2]).write_text("<html>not found</html>")
+    save_mp4(np.zeros((2, 64, 64, 3), np.uint8), tmp_path / names[3])
+    clips = clips_of(read_records(str(tmp_path / "clips.csv"), str(tmp_path)))
+    with caplog.at_level(logging.WARNING):
+        stream = batches(clips, 2)
+        seen = {int(row) for _ in range(6) for row in next(stream)["row"]}
+    assert seen == {4, 5}
+    assert set(clips.skipped) == {0, 1, 2, 3}
+    assert all(name in caplog.text for name in names[:4])
+    assert "2 frames" in clips.skipped[3]
+
+
+def test_a_folder_of_bad_videos_is_an_error_not_a_hang(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match="no video of"):
+        next(batches(clips_of(Records(tmp_path, ["a.mp4", "b.mp4"], ["", ""])), 2))
+
+
+def test_batches_are_a_function_of_the_seed(folder):
+    records = read_records(str(folder / "clips.csv"), str(folder))
+
+    def run(threads, seed=3, count=4, **config):
+        stream = batches(clips_of(records, seed=seed, dataloader_num_workers=threads, **config), 3)
+        return [next(stream) for _ in range(count)]
+
+    one, four = run(1), run(4)
+    for a, b in zip(one, four, strict=True):
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+    rows = np.concatenate([batch["row"] for batch in one])
+    assert set(rows[:6]) == set(rows[6:]) == set(range(6))  # every pass sees every clip
+    assert list(rows[:6]) != list(rows[6:])
+    assert list(np.concatenate([batch["index"] for batch in one])) == list(range(12))
+    assert any((a["pixels"] != b["pixels"]).any() for a, b in zip(one, run(1, seed=4), strict=True))
+
+
+def test_captions_and_flips(folder):
+    records = read_records(str(folder / "clips.csv"), str(folder))
+    never, always = clips_of(records, random_flip=False), clips_of(records, random_flip=True)
+    flipped = [(never(i, 0)["pixels"][:, :, ::-1] == always(i, 0)["pixels"]).all() for i in range(20)]
+    kept = [(never(i, 0)["pixels"] == always(i, 0)["pixels"]).all() for i in range(20)]
+    assert 4 < sum(flipped) < 16
+    assert all(a != b for a, b in zip(flipped, kept, strict=True))
+    dropped = [clips_of(records, text_dropout_rate=0.5)(i, 0)["ids"][0] == 0 for i in range(40)]
+    assert 10 < sum(dropped) < 30
+    assert not any(never(i, 0)["ids"][0] == 0 for i in range(10))
