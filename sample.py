@@ -9,6 +9,7 @@
 Every argument: python sample.py --help.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,12 +86,12 @@ def load(config: SampleConfig):
 
 
 def ask() -> Iterator[str]:
-    """Prompts as the user types them."""
+    """Prompts as the user types them, or as they come through a pipe."""
+    question = "prompt> " if sys.stdin.isatty() else ""
     while True:
         try:
-            prompt = input("prompt> ").strip()
+            prompt = input(question).strip()
         except EOFError:
-            print()
             return
         if prompt in ("", "exit"):
             return

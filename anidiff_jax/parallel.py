@@ -1,7 +1,7 @@
 """Devices: the one place that knows of pmap. A step is an ordinary per-device function; only the batch has a device axis."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,15 @@ def on_one_device(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
-def data_parallel(update: Callable) -> Callable:
+def data_parallel(update: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
     """update(state, frozen, batch) → (state, metrics), on every local device; it must pmean over AXIS what it returns.
 
     The state is donated: do not use it after the call. The batch's leaves lead with the device axis.
     """
-    return jax.pmap(update, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=(0,))
+    return jax.pmap(update, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=(0,), devices=devices)
 
 
-def split_batch(batch: Mapping[str, np.ndarray], micro_batches: int) -> dict[str, np.ndarray]:
+def split_batch(batch: Mapping[str, np.ndarray], micro_batches: int, devices: int | None = None) -> dict[str, np.ndarray]:
     """(clips, …) → (devices, micro_batches, clips a device and micro-batch, …)."""
-    devices = jax.local_device_count()
+    devices = devices or jax.local_device_count()
     return {name: x.reshape(devices, micro_batches, -1, *x.shape[1:]) for name, x in batch.items()}

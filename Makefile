@@ -1,0 +1,32 @@
+PYTHON ?= python3
+PIP = .venv/bin/pip --disable-pip-version-check
+
+.PHONY: demo test check clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/core  ## clips, a LoRA, a GIF, the merged adapter: the whole line in minutes
+	.venv/bin/python -m anidiff_jax.shapes.demo --output demo
+
+test: .venv/test  ## parity with PyTorch, and everything else
+	.venv/bin/python -m pytest
+
+check: .venv/dev  ## style and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv/core: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) install --quiet --editable .
+	touch $@
+
+.venv/test: pyproject.toml tests/constraints.txt | .venv/core
+	$(PIP) install --quiet --editable '.[test]' --constraint tests/constraints.txt
+	touch $@
+
+.venv/dev: .venv/test
+	$(PIP) install --quiet --editable '.[dev]' --constraint tests/constraints.txt
+	touch $@
+
+clean:  ## the environment and the compile cache, not what you made
+	rm -rf .venv .cache

@@ -1,0 +1,224 @@
+"""train.py and sample.py as a user runs them: the commands of the reference document, what they leave, and what they refuse."""
+
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import MotionAdapter, UNet2DConditionModel
+from PIL import Image
+from safetensors.numpy import load_file
+
+from anidiff_jax.shapes.clips import write_clips
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ["--sample_size=16", "--sample_n_frames=4", "--sample_stride=1", "--num_inference_steps=2", "--max_steps=2"]
+SAMPLE = ["--sample_size=16", "--sample_n_frames=4", "--num_inference_steps=2"]
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    write_clips(folder, 6, seed=1)
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script("train.py", …) → (exit code, printed lines, standard error)"""
+
+    def run(name, *arguments, typed=""):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    return run
+
+
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\n\n  \na blue star moving up\n")
+    return path
+
+
+def data(clips):
+    return ["--csv_path", clips / "clips.csv", "--video_folder", clips]
+
+
+def test_the_four_commands(script, base, adapter, clips, tmp_path):
+    out, gifs = tmp_path / "output", tmp_path / "generated"
+    validation = ["--validation_prompts_path", prompts(tmp_path)]
+    full = ["--model_id_or_path", base, "--sft_type", "full", "--lr_scheduler_type", "constant", "--trainable_modules", ".*motion_modules.*",
+            "--batch_size", "2", "--eval_steps", "100", "--gradient_accumulation_steps", "2", "--motion_num_attention_heads", "2"]  # fmt: skip
+    code, printed, _ = script("train.py", *full, *data(clips), *TRAIN, *validation, "--output_dir", out / "full")
+    assert code == 0
+    checkpoint = Path(printed[-1])
+    assert checkpoint.name == "iter-2"
+    run = checkpoint.parent.parent
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "sanity_check", "samples", "checkpoints"}
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2]
+    assert all(entry["learning_rate"] == pytest.approx(1e-4) and 0 < entry["loss"] < 10 for entry in log)
+    assert len(list((run / "samples" / "iter-2").glob("*.gif"))) == 2
+    assert Image.open(next((run / "sanity_check").glob("*.gif"))).n_frames == 4
+    # diffusers opens the checkpoint; its motion modules have moved away from zero, and no frozen weight is in it.
+    trained = MotionAdapter.from_pretrained(checkpoint).state_dict()
+    assert all(np.abs(v.numpy()).max() > 0 for k, v in trained.items() if k.endswith("proj_out.weight"))
+    assert all("motion_modules" in key for key in load_file(checkpoint / "diffusion_pytorch_model.safetensors"))
+
+    infer = ["--model_id_or_path", base, "--sft_type", "full", "--ckpt_dir", checkpoint, "--eval_human", "true"]
+    code, printed, _ = script("sample.py", *infer, *SAMPLE, "--output_path", gifs, typed="a red circle\na star\nexit\n")
+    assert code == 0
+    assert len(list(gifs.glob("*.gif"))) == 2
+
+    lora = ["--model_id_or_path", base, "--motion_adapter_id_or_path", adapter, "--sft_type", "lora", "--lr_scheduler_type", "constant",
+            "--trainable_modules", ".*motion_modules.*", "--batch_size", "1", "--eval_steps", "200", "--dataset_sample_size", "10000",
+            "--gradient_accumulation_steps", "2"]  # fmt: skip
+    code, printed, _ = script("train.py", *lora, *data(clips), *TRAIN, *validation, "--output_dir", out / "lora")
+    assert code == 0
+    checkpoint = Path(printed[-1])
+    weights = load_file(checkpoint / "pytorch_lora_weights.safetensors")
+    assert all(".lora_A." in key or ".lora_B." in key for key in weights)
+    assert all(np.abs(v).max() > 0 for v in weights.values())
+    assert json.loads((checkpoint / "adapter_config.json").read_text())["lora_alpha"] == 32
+
+    infer = ["--model_id_or_path", base, "--motion_adapter_id_or_path", adapter, "--sft_type", "lora", "--ckpt_dir", checkpoint]
+    code, printed, _ = script("sample.py", *infer, "--eval_human", "true", *SAMPLE, "--output_path", gifs, typed="a red circle\n")
+    assert code == 0
+    code, merged, _ = script("sample.py", *infer, "--merge_lora", "true", *validation, *SAMPLE, "--output_path", gifs)
+    assert code == 0
+    assert merged[0] == str(checkpoint) + "-merged"
+    first, second = (np.stack(frames_of(path)) for path in (printed[-1], merged[1]))
+    assert np.abs(first - second).mean() < 2  # the same frames, unmerged and merged
+    code, _, error = script("sample.py", *infer, "--merge_lora", "true", *SAMPLE)
+    assert code == 2
+    assert "replace_if_exists" in error
+    unmerged, folded = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (adapter, Path(merged[0])))
+    assert unmerged.keys() == folded.keys()
+    assert any((unmerged[key] != folded[key]).any() for key in folded)
+
+
+def frames_of(path):
+    image = Image.open(path)
+    frames = []
+    for i in range(image.n_frames):
+        image.seek(i)
+        frames.append(np.asarray(image.convert("RGB"), int))
+    return frames
+
+
+def test_a_whole_unet_trains_on_single_frames(script, base, clips, tmp_path):
+    images = ["--sft_type", "full", "--trainable_modules", ".*", "--sample_n_frames", "1", "--sample_size", "16", "--max_steps", "1",
+              "--gradient_accumulation_steps", "1", "--num_inference_steps", "1", "--validation_prompts_path", prompts(tmp_path)]  # fmt: skip
+    code, printed, _ = script(
+        "train.py", "--model_id_or_path", base, *data(clips), *images, "--output_dir", tmp_path, "--warmup_ratio", "0"
+    )
+    assert code == 0
+    trained = UNet2DConditionModel.from_pretrained(printed[-1]).state_dict()
+    before = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
+    assert sum((trained[key] != before[key]).any().item() for key in before) > 0.9 * len(before)
+
+
+def test_config_files_and_the_command_line(script, base, clips, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model_id_or_path: {base}\ncsv_path: {clips / 'clips.csv'}\nvideo_folder: {clips}\nmax_steps: 7\nlearning_rate: 1.0e-3\n"
+    )
+    from anidiff_jax.config import TrainConfig, parse
+
+    config = parse(TrainConfig, [str(path), "--max_steps", "3"])
+    assert (config.max_steps, config.learning_rate, config.sample_size, config.model_id_or_path) == (3, 1e-3, 256, str(base))
+    (tmp_path / "run.json").write_text(json.dumps({"mixed_precision": False, "lora_rank": 4, "csv_path": None}))
+    config = parse(TrainConfig, [str(tmp_path / "run.json")])
+    assert (config.mixed_precision, config.lora_rank, config.sample_size, config.guidance_scale) == (False, 4, 64, 5.0)
+    assert parse(TrainConfig, ["--gradient_checkpointing", "--mixed_precision", "false"]).gradient_checkpointing is True
+
+
+def test_every_argument_and_default_of_the_reference():
+    """The lists in the reference document, as they stand there."""
+    from anidiff_jax.config import SampleConfig, TrainConfig
+
+    shared = {
+        "motion_adapter_id_or_path": None, "motion_adapter_revision": None, "model_id_or_path": None, "model_revision": None,
+        "sft_type": "lora", "seed": 42, "ignore_args_error": False, "validation_prompts_path": None,
+        "enable_xformers_memory_efficient_attention": True, "num_inference_steps": 25, "guidance_scale": 8.0, "sample_size": 256,
+        "sample_stride": 4, "sample_n_frames": 16, "motion_num_attention_heads": 8, "motion_max_seq_length": 32,
+        "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "steps_offset": 1,
+        "clip_sample": False,
+    }  # fmt: skip
+    train = {
+        "dataset_sample_size": None, "output_dir": "output", "ddp_backend": "nccl", "lora_rank": 8, "lora_alpha": 32,
+        "lora_dropout": 0.05, "lora_dtype": "fp32", "gradient_checkpointing": False, "batch_size": 1, "num_train_epochs": 1,
+        "max_steps": -1, "learning_rate": None, "weight_decay": 0.01, "gradient_accumulation_steps": 16, "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine", "warmup_ratio": 0.05, "eval_steps": 50, "save_steps": None, "dataloader_num_workers": 1,
+        "push_to_hub": False, "hub_model_id": None, "hub_private_repo": False, "push_hub_strategy": "push_best", "hub_token": None,
+        "text_dropout_rate": 0.1, "trainable_modules": ".*motion_modules.*", "mixed_precision": True, "csv_path": None,
+        "video_folder": None, "use_wandb": False,
+    }  # fmt: skip
+    sample = {"ckpt_dir": None, "eval_human": False, "merge_lora": False, "replace_if_exists": False, "output_path": "./generated"}
+    for config, expected in ((TrainConfig(), {**shared, **train}), (SampleConfig(), {**shared, **sample})):
+        for name, value in expected.items():
+            assert getattr(config, name) == value, name
+
+
+MISTAKES = {
+    "unknown argument": (["--gradient_acumulation_steps", "2"], "did you mean --gradient_accumulation_steps?"),
+    "no number": (["--batch_size", "two"], "--batch_size"),
+    "out of range": (["--batch_size", "0"], "batch_size 0 must be at least 1"),
+    "no such choice": (["--sft_type", "half"], "invalid choice: 'half'"),
+    "no regular expression": (["--trainable_modules", "*motion"], "is not a regular expression"),
+    "matches nothing": (["--trainable_modules", "motion"], "matches no Linear layer of the UNet; names look like"),
+    "size": (["--sample_size", "30"], "is not a positive multiple of 4"),
+    "frames": (["--sample_n_frames", "40"], "40 frames are more than the motion modules know (24"),
+    "conflict with the adapter": (["--motion_num_attention_heads", "4"], "motion_num_attention_heads 4 conflicts"),
+    "backend": (["--ddp_backend", "hccl"], "ddp_backend hccl"),
+    "no prompts file": (["--validation_prompts_path", "none.txt"], "none.txt does not exist"),
+    "no config file": (["none.yaml"], "config file none.yaml does not exist"),
+    "no videos": (["--video_folder", "none"], "video_folder none is not a folder"),
+    "hub": (["--push_to_hub", "true"], "push_to_hub is not built yet"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(script, base, adapter, clips, tmp_path, case):
+    arguments, words = MISTAKES[case]
+    good = ["--model_id_or_path", base, "--motion_adapter_id_or_path", adapter, *data(clips), *TRAIN, "--output_dir", tmp_path / "out"]
+    files_first = arguments if arguments[0].endswith(".yaml") else []
+    code, _, error = script("train.py", *files_first, *good, *(arguments if not files_first else []))
+    assert code == 2
+    lines = error.strip().splitlines()
+    assert words in lines[-1]
+    assert lines[-1].startswith("error: ")
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_about_models(script, base, clips, tmp_path):
+    code, _, error = script("train.py", "--model_id_or_path", base, *data(clips), *TRAIN)
+    assert code == 2
+    assert "lora on motion modules needs the motion adapter" in error
+    code, _, error = script("train.py", "--model_id_or_path", clips, *data(clips), "--sft_type", "full")
+    assert code == 2
+    assert "is not a Stable Diffusion model" in error
+    code, _, error = script("sample.py", "--model_id_or_path", "./nowhere")
+    assert code == 2
+    assert "./nowhere does not exist here" in error
+    code, _, error = script("sample.py", "--ckpt_dir", tmp_path)
+    assert code == 2
+    assert "is not a checkpoint" in error
+
+
+def test_notebooks_may_ignore_unknown_arguments(caplog):
+    from anidiff_jax.config import SampleConfig, parse
+
+    assert parse(SampleConfig, ["--f", "kernel.json", "--ignore_args_error", "true"]).seed == 42
+    assert "unknown argument --f" in caplog.text

@@ -1,0 +1,141 @@
+"""The update: equal to PyTorch's, and the same however many devices and micro-batches share the work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from transformers import get_scheduler
+
+from anidiff_jax.config import TrainConfig
+from anidiff_jax.diffusion.schedule import NoiseSchedule
+from anidiff_jax.parallel import data_parallel, replicate, split_batch
+from anidiff_jax.training import setup
+from anidiff_jax.training.state import TrainState, learning_rate, make_optimizer
+from anidiff_jax.training.step import Task, denoising_loss, encode_clip, make_update
+from anidiff_jax.weights.files import to_ours
+from anidiff_jax.weights.tree import flatten, is_motion
+from tests import reference
+from tests.reference import close
+
+CLIPS = 8
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "pixels": rng.integers(0, 256, (CLIPS, 3, 16, 16, 3), np.uint8),
+        "ids": rng.integers(0, 100, (CLIPS, 77)).astype(np.int32),
+        "index": np.arange(40, 40 + CLIPS, dtype=np.uint32),
+    }
+
+
+@pytest.fixture(scope="module")
+def load(base, adapter):
+    def load(kind, **changes):
+        settings = {"sample_size": 16, "sample_n_frames": 3, "lora_rank": 4, "learning_rate": 1e-3, **changes}
+        config = TrainConfig(model_id_or_path=str(base), motion_adapter_id_or_path=str(adapter), sft_type=kind, **settings)
+        model = setup.load(config)
+        trained, frozen = setup.split_params(config, model)
+        return config, Task(model.networks, NoiseSchedule(), 7, 4.0 if kind == "lora" else None), trained, frozen
+
+    return load
+
+
+def keep_gradient(optimizer):
+    """`optimizer`, with the gradient that it was last given as the first part of its state."""
+    kept = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, state, params=None: (g, g))
+    return optax.chain(kept, optimizer)
+
+
+def run(task, config, trained, frozen, batch, devices, micro_batches):
+    """(gradient of the first update, change of the parameters after three, the state, the last metrics)"""
+    optimizer = keep_gradient(make_optimizer(config, 10))
+    update = data_parallel(make_update(task, optimizer), jax.local_devices()[:devices])
+    state = TrainState.create(jax.tree.map(jnp.array, trained), optimizer)
+    if devices == jax.local_device_count():
+        state, frozen = replicate(state), replicate(frozen)
+    for i in range(3):
+        again = {**batch, "index": batch["index"] + np.uint32(100 * i)}
+        state, metrics = update(state, frozen, split_batch(again, micro_batches, devices))
+        if i == 0:
+            gradient = {k: np.asarray(v, np.float64) for k, v in flatten(state.opt_state[0]).items()}
+    after, before = flatten(state.params), flatten(trained)
+    return gradient, np.concatenate([np.ravel(np.asarray(after[k], np.float64) - before[k]) for k in before]), state, metrics
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_four_devices_do_what_one_does(load, batch, kind):
+    """For lora with dropout on: what is drawn for a clip follows the clip, not the device."""
+    changes = {"lora_dropout": 0.3, "trainable_modules": "mid_block.*motion_modules.*"} if kind == "lora" else {}
+    config, task, trained, frozen = load(kind, **changes)
+    assert (task.networks.unet.settings.lora_dropout == 0.3) == (kind == "lora")
+    rng = np.random.default_rng(2)
+    trained = jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape, np.float32), trained)  # no gradient is zero
+    one, change_one, _, metrics_one = run(task, config, trained, frozen, batch, 1, 4)
+    four, change_four, state, metrics_four = run(task, config, trained, frozen, batch, 4, 2)
+    for key, gradient in one.items():
+        norm = np.linalg.norm(gradient)
+        assert norm > 0, key
+        assert np.linalg.norm(four[key] - gradient) <= 1e-5 * norm, key
+    assert float(metrics_four["loss"]) == pytest.approx(float(metrics_one["loss"]), rel=1e-5)
+    assert np.linalg.norm(change_four - change_one) <= 1e-3 * np.linalg.norm(change_one)
+    assert int(state.step) == 3
+    for leaf in jax.tree.leaves(state):
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(shards) == 4
+        assert all((shard == shards[0]).all() for shard in shards)
+
+
+def test_loss_and_gradients_equal_pytorch(load, batch, base, adapter):
+    _, task, trained, frozen = load("full")
+    assert all(is_motion(key) for key in flatten(trained))
+    assert not any(key.endswith(".pe") for key in flatten(trained))
+    key = jax.random.key(3)
+    rng = np.random.default_rng(0)
+    latents, text = rng.standard_normal((3, 4, 4, 4), np.float32), rng.standard_normal((77, 24), np.float32)
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: denoising_loss(p, frozen, task, latents, text, key)))(trained)
+
+    for_step, for_noise, _ = jax.random.split(key, 3)
+    timestep = torch.tensor([int(jax.random.randint(for_step, (), 0, 1000))])
+    noise = torch.tensor(np.asarray(jax.random.normal(for_noise, latents.shape)))
+    unet = UNetMotionModel.from_unet2d(UNet2DConditionModel.from_pretrained(base / "unet"), MotionAdapter.from_pretrained(adapter)).eval()
+    noisy = reference.ddim().add_noise(torch.tensor(latents), noise, timestep)
+    states = torch.tensor(text)[None].repeat_interleave(3, 0)
+    predicted = unet(noisy.permute(3, 0, 1, 2)[None], timestep, states).sample[0].permute(1, 2, 3, 0)  # f h w c <-> c f h w
+    expected = torch.nn.functional.mse_loss(predicted, noise)
+    expected.backward()
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-4)
+    theirs = {k: to_ours(k, p.grad.numpy()) for k, p in unet.named_parameters() if is_motion(k)}
+    ours = flatten(grads)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        close(ours[name], gradient)
+
+
+def test_latents_are_drawn_from_the_posterior(load, batch, base):
+    _, task, _, frozen = load("full")
+    pixels, key = batch["pixels"][0], jax.random.key(5)
+    ours = jax.jit(lambda pixels, key: encode_clip(task, frozen, pixels, key))(pixels, key)
+    vae = AutoencoderKL.from_pretrained(base / "vae")
+    with torch.no_grad():
+        posterior = vae.encode(torch.tensor(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+    mean, std = (x.permute(0, 2, 3, 1).numpy() for x in (posterior.mean, posterior.std))
+    close(ours, 0.18215 * (mean + std * np.asarray(jax.random.normal(key, mean.shape))))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"])
+def test_learning_rates_are_those_of_transformers(kind):
+    config = TrainConfig(lr_scheduler_type=kind, learning_rate=3e-4, warmup_ratio=0.11)
+    rate = jax.vmap(learning_rate(config, 37))(jnp.arange(37))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=int(np.ceil(0.11 * 37)), num_training_steps=37)
+    theirs = []
+    for _ in range(37):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    np.testing.assert_allclose(rate, theirs, rtol=1e-5, atol=1e-10)
