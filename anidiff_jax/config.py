@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from anidiff_jax.errors import UserError
 
@@ -243,3 +243,33 @@ def _words_of_file(path: Path) -> list[str]:
         raise UserError(f"config file {path} must hold names and values at its top level")
     written = {True: "true", False: "false"}
     return [f"--{k}={written[v] if isinstance(v, bool) else v}" for k, v in values.items() if v is not None]
+
+
+def as_markdown() -> str:
+    """docs/arguments.md: python -m anidiff_jax.config > docs/arguments.md"""
+    lines = [
+        "# Arguments",
+        "",
+        "Give them as `--name value`; booleans also as a bare `--name`. A JSON or YAML file with names and values may come first; what",
+        "follows it wins. Names and defaults are those of ModelScope SWIFT's AnimateDiff scripts; [differences.md](differences.md) says where",
+        "ours mean something else. With no `--model_id_or_path`, the embedded tiny model is taken, and these defaults change with it:",
+        ", ".join(f"`{k} {v}`" for k, v in EMBEDDED_DEFAULTS.items()) + ".",
+    ]
+    shared = {f.name for f in fields(_Shared)}
+    for title, kind, chosen in (
+        ("Both", _Shared, lambda name: True),
+        ("train.py", TrainConfig, lambda name: name not in shared),
+        ("sample.py", SampleConfig, lambda name: name not in shared),
+    ):
+        lines += ["", f"## {title}", "", "| argument | default | meaning |", "|---|---|---|"]
+        for f in fields(kind):
+            if f.init and chosen(f.name):
+                default = str(f.default).lower() if isinstance(f.default, bool) else "none" if f.default in (None, "") else f.default
+                choices = get_args(f.type) if get_origin(f.type) is Literal else ()
+                meaning = f.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+                lines.append(f"| `{f.name}` | {default} | {meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

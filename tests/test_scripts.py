@@ -57,9 +57,9 @@ def data(clips):
 def test_the_four_commands(script, base, adapter, clips, tmp_path):
     out, gifs = tmp_path / "output", tmp_path / "generated"
     validation = ["--validation_prompts_path", prompts(tmp_path)]
-    full = ["--model_id_or_path", base, "--sft_type", "full", "--lr_scheduler_type", "constant", "--trainable_modules", ".*motion_modules.*",
-            "--batch_size", "2", "--eval_steps", "100", "--gradient_accumulation_steps", "2", "--motion_num_attention_heads", "2"]  # fmt: skip
-    code, printed, _ = script("train.py", *full, *data(clips), *TRAIN, *validation, "--output_dir", out / "full")
+    full = f"--model_id_or_path {base} --sft_type full --lr_scheduler_type constant --trainable_modules .*motion_modules.* --batch_size 2"
+    full += " --eval_steps 100 --gradient_accumulation_steps 2 --motion_num_attention_heads 2"
+    code, printed, _ = script("train.py", *full.split(), *data(clips), *TRAIN, *validation, "--output_dir", out / "full")
     assert code == 0
     checkpoint = Path(printed[-1])
     assert checkpoint.name == "iter-2"
@@ -80,10 +80,10 @@ def test_the_four_commands(script, base, adapter, clips, tmp_path):
     assert code == 0
     assert len(list(gifs.glob("*.gif"))) == 2
 
-    lora = ["--model_id_or_path", base, "--motion_adapter_id_or_path", adapter, "--sft_type", "lora", "--lr_scheduler_type", "constant",
-            "--trainable_modules", ".*motion_modules.*", "--batch_size", "1", "--eval_steps", "200", "--dataset_sample_size", "10000",
-            "--gradient_accumulation_steps", "2"]  # fmt: skip
-    code, printed, _ = script("train.py", *lora, *data(clips), *TRAIN, *validation, "--output_dir", out / "lora")
+    models = f"--model_id_or_path {base} --motion_adapter_id_or_path {adapter} --sft_type lora"
+    lora = f"{models} --lr_scheduler_type constant --trainable_modules .*motion_modules.* --batch_size 1"
+    lora += " --eval_steps 200 --dataset_sample_size 10000 --gradient_accumulation_steps 2"
+    code, printed, _ = script("train.py", *lora.split(), *data(clips), *TRAIN, *validation, "--output_dir", out / "lora")
     assert code == 0
     checkpoint = Path(printed[-1])
     weights = load_file(checkpoint / "pytorch_lora_weights.safetensors")
@@ -91,7 +91,7 @@ def test_the_four_commands(script, base, adapter, clips, tmp_path):
     assert all(np.abs(v).max() > 0 for v in weights.values())
     assert json.loads((checkpoint / "adapter_config.json").read_text())["lora_alpha"] == 32
 
-    infer = ["--model_id_or_path", base, "--motion_adapter_id_or_path", adapter, "--sft_type", "lora", "--ckpt_dir", checkpoint]
+    infer = f"{models} --ckpt_dir {checkpoint}".split()
     code, printed, _ = script("sample.py", *infer, "--eval_human", "true", *SAMPLE, "--output_path", gifs, typed="a red circle\n")
     assert code == 0
     code, merged, _ = script("sample.py", *infer, "--merge_lora", "true", *validation, *SAMPLE, "--output_path", gifs)
@@ -118,7 +118,8 @@ def frames_of(path):
 
 def test_a_whole_unet_trains_on_single_frames(script, base, clips, tmp_path):
     images = ["--sft_type", "full", "--trainable_modules", ".*", "--sample_n_frames", "1", "--sample_size", "16", "--max_steps", "1",
-              "--gradient_accumulation_steps", "1", "--num_inference_steps", "1", "--validation_prompts_path", prompts(tmp_path)]  # fmt: skip
+              "--gradient_accumulation_steps", "1", "--num_inference_steps", "1",
+              "--validation_prompts_path", prompts(tmp_path)]  # fmt: skip
     code, printed, _ = script(
         "train.py", "--model_id_or_path", base, *data(clips), *images, "--output_dir", tmp_path, "--warmup_ratio", "0"
     )
