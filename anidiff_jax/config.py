@@ -250,9 +250,10 @@ def as_markdown() -> str:
     lines = [
         "# Arguments",
         "",
-        "Give them as `--name value`; booleans also as a bare `--name`. A JSON or YAML file with names and values may come first; what",
-        "follows it wins. Names and defaults are those of ModelScope SWIFT's AnimateDiff scripts; [differences.md](differences.md) says where",
-        "ours mean something else. With no `--model_id_or_path`, the embedded tiny model is taken, and these defaults change with it:",
+        "Give them as `--name value`; booleans also as a bare `--name`. A JSON or YAML file with names and values may come first;",
+        "what follows it wins. Names and defaults are those of ModelScope SWIFT's AnimateDiff scripts, as far as it has them;",
+        "[differences.md](differences.md) says where ours mean something else. With no `--model_id_or_path`, the embedded tiny model",
+        "is taken, and these defaults change with it:",
         ", ".join(f"`{k} {v}`" for k, v in EMBEDDED_DEFAULTS.items()) + ".",
     ]
     shared = {f.name for f in fields(_Shared)}

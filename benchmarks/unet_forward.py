@@ -1,11 +1,11 @@
 """One UNet forward of full-size SD 1.5 with a v2 motion adapter on this machine: ours and PyTorch diffusers, same weights and inputs.
 
     pip install -e '.[convert]'
-    python benchmarks/unet_forward.py                 # 256² × 16 frames, fp32, two rounds, alternating
-    python benchmarks/unet_forward.py --rounds 1 --frames 8 --size 128
+    python benchmarks/unet_forward.py                      # 256² × 16 frames, fp32, two rounds, alternating
+    python benchmarks/unet_forward.py --dtype bfloat16     # on a GPU, where there is one
 
-Random weights are written once to benchmarks/.work/sd15 in diffusers layout (5.5 GB). Each side runs in a process of its own, so
-that peak memory is its own. Writes benchmarks/results/unet_forward-cpu.json and .md.
+Random weights are written once to benchmarks/.work/sd15 in diffusers layout (6.1 GB). Each side runs in a process of its own, so
+that peak memory is its own. Writes benchmarks/results/unet_forward-<device>-<dtype>.json and .md.
 """
 
 import argparse
@@ -111,10 +111,11 @@ def run_ours(args) -> dict:
     import jax
     import jax.numpy as jnp
 
+    from anidiff_jax.models.layers import Settings
     from anidiff_jax.weights.base import load_model
 
     idle, start = peak_gb(), time.perf_counter()
-    model = load_model(MODEL, MODEL / "motion_adapter", dtype="float32")
+    model = load_model(MODEL, MODEL / "motion_adapter", settings=Settings(dtype=args.dtype), dtype=args.dtype)
     loaded = {"load_seconds": time.perf_counter() - start, "load_peak_gb": peak_gb() - idle}
     sample, text = inputs(args.frames, args.size)
     start = time.perf_counter()
@@ -125,7 +126,11 @@ def run_ours(args) -> dict:
         lambda: output.append(np.asarray(forward({"params": model.params["unet"]}, sample, jnp.array([500]), text))), args.repeats
     )
     np.save(WORK / "ours.npy", output[0])
-    return {**loaded, "compile_seconds": compiled, "seconds": seconds, "peak_gb": peak_gb(), "versions": {"jax": jax.__version__}}
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        loaded["device_peak_gb"] = device.memory_stats()["peak_bytes_in_use"] / 1e9
+    versions = {"jax": jax.__version__, "device": "cpu" if device.platform == "cpu" else device.device_kind}
+    return {**loaded, "compile_seconds": compiled, "seconds": seconds, "peak_gb": peak_gb(), "versions": versions}
 
 
 def run_theirs(args) -> dict:
@@ -135,18 +140,25 @@ def run_theirs(args) -> dict:
     from transformers import CLIPTextModel
 
     idle, start = peak_gb(), time.perf_counter()
-    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet")
-    unet = UNetMotionModel.from_unet2d(unet, MotionAdapter.from_pretrained(MODEL / "motion_adapter")).eval()
-    others = AutoencoderKL.from_pretrained(MODEL / "vae"), CLIPTextModel.from_pretrained(MODEL / "text_encoder")
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, args.dtype)
+    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet", torch_dtype=dtype)
+    adapter = MotionAdapter.from_pretrained(MODEL / "motion_adapter", torch_dtype=dtype)
+    unet = UNetMotionModel.from_unet2d(unet, adapter).eval().to(device)
+    others = [
+        AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=dtype).to(device),
+        CLIPTextModel.from_pretrained(MODEL / "text_encoder", dtype=dtype).to(device),
+    ]
     loaded = {"load_seconds": time.perf_counter() - start, "load_peak_gb": peak_gb() - idle}
     sample, text = inputs(args.frames, args.size)
-    x, t = torch.tensor(sample).permute(0, 4, 1, 2, 3), torch.tensor([500])  # b f h w c -> b c f h w
-    e = torch.tensor(text).repeat_interleave(args.frames, 0)
+    x, t = torch.tensor(sample).permute(0, 4, 1, 2, 3).to(device, dtype), torch.tensor([500], device=device)  # b f h w c -> b c f h w
+    e = torch.tensor(text).repeat_interleave(args.frames, 0).to(device, dtype)
     output = []
     with torch.inference_mode():
-        seconds = timed(lambda: output.append(unet(x, t, e).sample), args.repeats)
+        seconds = timed(lambda: output.append(unet(x, t, e).sample.float().cpu()), args.repeats)
     np.save(WORK / "theirs.npy", output[0].permute(0, 2, 3, 4, 1).numpy())
     del others
+    if device == "cuda":
+        loaded["device_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
     return {**loaded, "compile_seconds": 0.0, "seconds": seconds, "peak_gb": peak_gb(), "versions": versions}
 
@@ -155,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--size", type=int, default=256, help="pixels a side")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rounds", type=int, default=2, help="alternations of the two sides")
     parser.add_argument("--repeats", type=int, default=3, help="forwards a process; the first is a warm-up and not counted")
     parser.add_argument("--only", choices=["ours", "theirs"], help="run one side in this process and print its figures")
@@ -168,7 +181,7 @@ def main() -> None:
     rounds: dict[str, list[dict]] = {"ours": [], "theirs": []}
     for _ in range(args.rounds):
         for side in rounds:
-            options = [f"--{name}={getattr(args, name)}" for name in ("frames", "size", "repeats")]
+            options = [f"--{name}={getattr(args, name)}" for name in ("frames", "size", "repeats", "dtype")]
             done = subprocess.run([sys.executable, __file__, "--only", side, *options], check=True, stdout=subprocess.PIPE, text=True)
             rounds[side].append(json.loads(done.stdout.splitlines()[-1]))
             print(side, {k: v for k, v in rounds[side][-1].items() if k != "versions"}, flush=True)
@@ -178,11 +191,11 @@ def main() -> None:
     def summary(side):
         seconds = sorted(s for r in rounds[side] for s in r["seconds"][1:] or r["seconds"])
         best = {k: min(r[k] for r in rounds[side]) for k in ("load_seconds", "compile_seconds")}
-        peaks = {k: max(r[k] for r in rounds[side]) for k in ("load_peak_gb", "peak_gb")}
+        peaks = {k: max(r[k] for r in rounds[side]) for k in ("load_peak_gb", "peak_gb", "device_peak_gb") if k in rounds[side][0]}
         return {"seconds": float(np.median(seconds)), "spread": [seconds[0], seconds[-1]], **best, **peaks}
 
     result = {
-        "what": f"UNet forward, SD 1.5 + v2 adapter, random weights, fp32, {args.size}² × {args.frames} frames",
+        "what": f"UNet forward, SD 1.5 + v2 adapter, random weights, {args.dtype}, {args.size}² × {args.frames} frames",
         "command": "python benchmarks/unet_forward.py " + " ".join(sys.argv[1:]),
         "machine": {"cores": os.cpu_count(), "processor": processor(), "python": platform.python_version()},
         "versions": {**rounds["ours"][0]["versions"], **rounds["theirs"][0]["versions"]},
@@ -192,9 +205,10 @@ def main() -> None:
     }
     result["ratio"] = result["theirs"]["seconds"] / result["ours"]["seconds"]
     (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "unet_forward-cpu.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = as_markdown(result)
-    (HERE / "results" / "unet_forward-cpu.md").write_text(table)
+    device = "cpu" if result["versions"]["device"] == "cpu" else "gpu"
+    target, table = HERE / "results" / f"unet_forward-{device}-{args.dtype}", as_markdown(result)
+    target.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    target.with_suffix(".md").write_text(table)
     print(table)
 
 
@@ -215,7 +229,7 @@ def as_markdown(result: dict) -> str:
     for side, name in (("ours", "anidiff-jax"), ("theirs", "PyTorch diffusers")):
         r = result[side]
         lines.append(
-            f"| {name} | {r['seconds']:.1f} | {r['spread'][0]:.1f}–{r['spread'][1]:.1f} | {r['peak_gb']:.1f} GB "
+            f"| {name} | {r['seconds']:.3g} | {r['spread'][0]:.3g}–{r['spread'][1]:.3g} | {r.get('device_peak_gb', r['peak_gb']):.1f} GB "
             f"| {r['load_seconds']:.1f} s "
             f"| {r['load_peak_gb']:.1f} GB | {r['compile_seconds']:.1f} s |"
         )

@@ -171,6 +171,12 @@ def test_every_argument_and_default_of_the_reference():
             assert getattr(config, name) == value, name
 
 
+def test_the_table_of_arguments_is_up_to_date():
+    from anidiff_jax.config import as_markdown
+
+    assert (ROOT / "docs" / "arguments.md").read_text() == as_markdown(), "python -m anidiff_jax.config > docs/arguments.md"
+
+
 MISTAKES = {
     "unknown argument": (["--gradient_acumulation_steps", "2"], "did you mean --gradient_accumulation_steps?"),
     "no number": (["--batch_size", "two"], "--batch_size"),
