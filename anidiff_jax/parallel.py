@@ -44,9 +44,33 @@ def on_one_device(tree: Any) -> Any:
 def data_parallel(update: Callable, devices: Sequence[jax.Device] | None = None) -> Callable:
     """update(state, frozen, batch) → (state, metrics), on every local device; it must pmean over AXIS what it returns.
 
-    The state is donated: do not use it after the call. The batch's leaves lead with the device axis.
+    Compiled at the first call, for its shapes only. The state is donated: do not use it after the call. The batch's leaves
+    lead with the device axis.
     """
-    return jax.pmap(update, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=(0,), devices=devices)
+    mapped = jax.pmap(update, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=(0,), devices=devices)
+    compiled = None
+
+    def step(state, frozen, batch):
+        nonlocal compiled
+        if compiled is None:
+            compiled = _compile_small(mapped.lower(state, frozen, batch))
+        return compiled(state, frozen, batch)
+
+    return step
+
+
+def _compile_small(lowered):
+    """Compiles; on a CPU without the scheduler that, for the sake of two cores, recomputes all layers at once when remat is on.
+
+    A training step of full size takes 4.8 GB of temporary memory without it and 19.1 GB with it, at the same speed.
+    """
+    if jax.default_backend() == "cpu":
+        try:
+            return lowered.compile(compiler_options={"xla_cpu_enable_concurrency_optimized_scheduler": False})
+        except jax.errors.JaxRuntimeError as error:  # a later XLA may not know it
+            if "No such compile option" not in str(error):
+                raise
+    return lowered.compile()
 
 
 def split_batch(batch: Mapping[str, np.ndarray], micro_batches: int, devices: int | None = None) -> dict[str, np.ndarray]:
