@@ -11,6 +11,7 @@ Every argument: python sample.py --help.
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from anidiff_jax.config import SampleConfig, parse
@@ -27,7 +28,8 @@ def main() -> None:
 
     start_log()
     set_up_jax()
-    pipeline = load(config)
+    folder = Path(config.output_path).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before anything is computed
     settings = {
         "negative_prompt": config.negative_prompt,
         "num_frames": config.sample_n_frames,
@@ -37,11 +39,13 @@ def main() -> None:
         "guidance_scale": config.guidance_scale,
         "seed": config.seed,
     }
+    pipeline = load(config)
     sources = {name: getattr(config, name) for name in ("model_id_or_path", "motion_adapter_id_or_path", "ckpt_dir")}
+    recipe = {**settings, "stride": config.sample_stride, **asdict(pipeline.schedule), "dtype": pipeline.dtype, **sources}
     for prompt in prompts:
         (video,) = pipeline(prompt, **settings)
-        path = free_path(Path(config.output_path).expanduser(), prompt, config.seed)
-        save_gif(video, path, config.fps, {"prompt": prompt, **settings, "stride": config.sample_stride, **sources})
+        path = free_path(folder, prompt, config.seed)
+        save_gif(video, path, config.fps, {"prompt": prompt, **recipe})
         print(path, flush=True)
 
 
@@ -49,40 +53,34 @@ def load(config: SampleConfig):
     """The pipeline that the arguments describe: base, adapter, and what was trained; merged first where that is asked."""
     import jax
 
-    from anidiff_jax.pipeline import AnimateDiffPipeline
-    from anidiff_jax.training.checkpoint import holds_lora
+    from anidiff_jax.pipeline import AnimateDiffPipeline, check_size
+    from anidiff_jax.training.checkpoint import kind_of
     from anidiff_jax.weights.merge import write_merged_adapter
 
-    checkpoint = None if config.ckpt_dir is None else Path(config.ckpt_dir).expanduser()
-    adapter: str | Path | None = config.motion_adapter_id_or_path
-    lora: Path | None = None
-    if checkpoint is not None:
-        if holds_lora(checkpoint) != (config.sft_type == "lora"):
-            held, other = ("a LoRA", "lora") if holds_lora(checkpoint) else ("no LoRA", "full")
-            raise UserError(f"ckpt_dir {checkpoint} holds {held}: give --sft_type {other}")
-        if config.sft_type == "lora":
-            lora = checkpoint
-        else:
-            adapter = checkpoint
-    if config.model_id_or_path is not None and adapter is None and lora is not None:
-        raise UserError("a LoRA needs the motion adapter that it was trained on: give --motion_adapter_id_or_path")
-    dtype = config.dtype if config.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    noise = {name: getattr(config, name) for name in config.noise().names() if hasattr(config, name)}
-    open_pipeline = lambda adapter, lora: AnimateDiffPipeline.from_pretrained(
+    trained = {}
+    if config.ckpt_dir is not None:
+        kind = kind_of(Path(config.ckpt_dir).expanduser())  # lora, motion_adapter or unet: the pipeline's name for it
+        if (kind == "lora") != (config.sft_type == "lora"):
+            held, other = ("a LoRA", "lora") if kind == "lora" else ("no LoRA", "full")
+            raise UserError(f"ckpt_dir {config.ckpt_dir} holds {held}: give --sft_type {other}")
+        trained = {kind: Path(config.ckpt_dir).expanduser()}
+    pipeline = AnimateDiffPipeline.from_pretrained(
         config.model_id_or_path,
-        adapter,
-        lora=lora,
-        dtype=dtype,
+        **{"motion_adapter": config.motion_adapter_id_or_path, **trained},
+        dtype=config.dtype if config.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16",
         model_revision=config.model_revision,
         motion_adapter_revision=config.motion_adapter_revision,
+        motion_num_attention_heads=config.said("motion_num_attention_heads"),
+        motion_max_seq_length=config.said("motion_max_seq_length"),
         attention=config.attention,
-        **noise,
+        **{name: getattr(config, name) for name in config.noise().names() if hasattr(config, name)},
     )
-    if lora is None or not config.merge_lora:
-        return open_pipeline(adapter, lora)
-    merged = write_merged_adapter(adapter, config.motion_adapter_revision, lora, config.replace_if_exists)
-    print(merged, flush=True)
-    return open_pipeline(merged, None)
+    check_size(pipeline.model, config.sample_n_frames, config.sample_size, config.sample_size)
+    if config.merge_lora:
+        adapter, revision = config.motion_adapter_id_or_path, config.motion_adapter_revision
+        print(write_merged_adapter(adapter, revision, trained["lora"], config.replace_if_exists), flush=True)
+        pipeline.merge_lora()
+    return pipeline
 
 
 def ask() -> Iterator[str]:

@@ -47,7 +47,7 @@ def main() -> None:
     trained, frozen = setup.split_params(config, model)
     schedule = config.noise().for_base(model.scheduler)
     lora_scale = config.lora_alpha / config.lora_rank if config.sft_type == "lora" else None
-    task = Task(model.networks, schedule, config.seed, lora_scale)
+    task = Task(model.networks, schedule, config.seed, lora_scale, setup.lora_dtype(config))
     pipeline = AnimateDiffPipeline(model, schedule)
     clips = Clips(records, config, lambda caption: pipeline.tokenize([caption])[0])
 
@@ -76,7 +76,7 @@ def main() -> None:
         if sample:
             model.params = here
             unet, lora = (here["unet"], params) if config.sft_type == "lora" else (merge(here["unet"], params), None)
-            trained_pipeline = pipeline.with_weights(unet, lora, lora_scale or 1.0)
+            trained_pipeline = pipeline.with_weights(unet, lora, task.lora_scale or 1.0)
             save_samples(trained_pipeline, prompts, config, run / "samples" / f"iter-{step}")
             model.params = {}
         if save:

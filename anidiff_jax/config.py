@@ -1,20 +1,23 @@
 """The arguments of train.py and sample.py: documented once, checked once. docs/arguments.md says where they differ from the reference's."""
 
 import difflib
+import importlib.util
 import json
 import logging
+import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from anidiff_jax.errors import UserError
+from anidiff_jax.errors import UserError, read_text
 
 log = logging.getLogger(__name__)
 
 # What an argument that is not given becomes when no model is given either, and the embedded one is taken.
-EMBEDDED_DEFAULTS: dict[str, Any] = {"sample_size": 64, "sample_stride": 1, "guidance_scale": 5.0}
+EMBEDDED_DEFAULTS: dict[str, Any] = {"sample_size": 64, "sample_stride": 1, "guidance_scale": 5.0, "num_train_epochs": 20}
 EMBEDDED_PROMPTS = Path(__file__).parent / "shapes" / "validation.txt"
 PROMPTS = Path(__file__).parent / "validation.txt"
 
@@ -56,6 +59,10 @@ class _Shared:
             _at_least(self, name, 1)
         _at_least(self, "motion_num_attention_heads", 1)
         _at_least(self, "seed", 0)
+        _at_least(self, "steps_offset", 0)
+        for f in fields(self):
+            if isinstance(getattr(self, f.name), float) and not math.isfinite(getattr(self, f.name)):
+                raise UserError(f"{f.name} {getattr(self, f.name)} is not a number to compute with")
         if self.seed >= 2**32:
             raise UserError(f"seed {self.seed} must be less than 2**32")
         self.noise()
@@ -65,6 +72,10 @@ class _Shared:
         from anidiff_jax.diffusion.schedule import NoiseSchedule
 
         return NoiseSchedule(**{name: getattr(self, name) for name in NoiseSchedule.names() if hasattr(self, name)})
+
+    def said(self, name: str):
+        """The value of an argument that the user gave, else None."""
+        return getattr(self, name) if name in self.given else None
 
     @property
     def embedded(self) -> bool:
@@ -76,10 +87,10 @@ class _Shared:
 
     def prompts(self) -> list[str]:
         """The validation prompts, blank lines left out."""
-        path = Path(self.validation_prompts_path or (EMBEDDED_PROMPTS if self.embedded else PROMPTS))
+        path = Path(self.validation_prompts_path or (EMBEDDED_PROMPTS if self.embedded else PROMPTS)).expanduser()
         if not path.is_file():
             raise UserError(f"validation_prompts_path {path} does not exist: give a text file with a prompt a line")
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         if not prompts:
             raise UserError(f"validation_prompts_path {path} holds no prompt: write one a line")
         return prompts
@@ -137,20 +148,27 @@ class TrainConfig(_Shared):
         for name in ("save_steps", "dataset_sample_size"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)
-        for name in ("warmup_ratio", "text_dropout_rate", "lora_dropout"):
+        for name in ("warmup_ratio", "text_dropout_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)} must be between 0 and 1")
-        for name in ("weight_decay", "max_grad_norm"):
-            _at_least(self, name, 0)
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout {self.lora_dropout} must be at least 0 and less than 1")
+        _at_least(self, "weight_decay", 0)
+        for name in ("max_grad_norm", "lora_alpha"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} {getattr(self, name)} must be above 0")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise UserError(f"learning_rate {self.learning_rate} must be positive")
         if self.ddp_backend in ("ccl", "hccl"):
             raise UserError(f"ddp_backend {self.ddp_backend} is for Intel and Ascend devices under PyTorch, which JAX has not: take nccl")
         if self.push_to_hub:
             raise UserError("push_to_hub is not built yet: train without it, then upload a checkpoint with `hf upload OWNER/NAME FOLDER`")
-        from anidiff_jax.lora import matches
-
-        matches(self.trainable_modules)
+        if self.use_wandb and importlib.util.find_spec("wandb") is None:
+            raise UserError("use_wandb needs the package wandb: pip install wandb")
+        try:
+            re.compile(self.trainable_modules)
+        except re.error as error:
+            raise UserError(f"trainable_modules={self.trainable_modules!r} is not a regular expression: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -197,8 +215,8 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
             raise UserError(f"{message} (see --help)")
 
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0].endswith((".json", ".yaml", ".yml")):
-        words = _words_of_file(Path(words[0])) + words[1:]
+    if words and words[0].endswith((".json", ".yaml", ".yml")) and not words[0].startswith("-"):
+        words = _words_of_file(Path(words[0]).expanduser()) + words[1:]
     parser = Parser(kind, allow_abbrev=False, description=kind.__doc__)  # type: ignore[arg-type]
     namespace, rest = parser.parse_known_args(words)
     known = {f.name for f in fields(kind) if f.init}
@@ -208,12 +226,13 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
         given.add("lora_dropout")
     values = vars(namespace)
     if rest:
-        message = _unknown(rest[0], known)
+        messages = [_unknown(word, known) for word in rest if word.startswith("-")] or [_unknown(rest[0], known)]
         if not values["ignore_args_error"]:
-            raise UserError(message)
-        log.warning("%s; ignored", message)
+            raise UserError(messages[0])
+        for message in messages:
+            log.warning("%s; ignored", message)
     if values["model_id_or_path"] is None:
-        values.update({name: value for name, value in EMBEDDED_DEFAULTS.items() if name not in given})
+        values.update({name: value for name, value in EMBEDDED_DEFAULTS.items() if name not in given and name in values})
     config = kind(**{name: value for name, value in values.items() if name in known})
     object.__setattr__(config, "given", frozenset(given))
     return config
@@ -229,7 +248,7 @@ def _words_of_file(path: Path) -> list[str]:
     """A config file as the words of a command line."""
     if not path.is_file():
         raise UserError(f"config file {path} does not exist")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         if path.suffix == ".json":
             values = json.loads(text)

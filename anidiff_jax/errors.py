@@ -2,10 +2,21 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(ValueError):
     """Something the user can mend. The message is one line: what is wrong, where, and what to do."""
+
+
+def read_text(path: Path) -> str:
+    """A text file of the user's."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -13,6 +24,9 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder without permission
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

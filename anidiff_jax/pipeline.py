@@ -1,6 +1,7 @@
 """Text → video: text states once, one compiled denoising loop, frames decoded in chunks."""
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,17 +15,20 @@ import numpy as np
 from anidiff_jax.diffusion import ddim
 from anidiff_jax.diffusion.schedule import NoiseSchedule
 from anidiff_jax.errors import UserError
-from anidiff_jax.lora import scaled
+from anidiff_jax.lora import merge_lora, scaled
 from anidiff_jax.models.clip import CLIPTextModel
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.unet import UNet
 from anidiff_jax.models.vae import AutoencoderKL
+from anidiff_jax.random import purpose
 from anidiff_jax.weights.base import EMBEDDED, Model, load_model
 from anidiff_jax.weights.hub import resolve
 from anidiff_jax.weights.lora_files import check_fits, load_lora
-from anidiff_jax.weights.tree import Tree
+from anidiff_jax.weights.tree import Tree, flatten, is_motion
 
 log = logging.getLogger(__name__)
+
+TOKENIZER_LOCK = threading.Lock()  # fast tokenizers do not like two threads; the loader has several
 
 PIXELS_AT_ONCE = 512 * 512  # the VAE works on as many frames at a time as have this many pixels together
 
@@ -66,7 +70,7 @@ def decode(vae: AutoencoderKL, params: Tree, latents):
 
 def initial_noise(seed: int, shape: tuple[int, ...]):
     """Standard normal latents (f, h, w, c) that depend on the seed and the shape only."""
-    return jax.random.normal(jax.random.fold_in(jax.random.key(seed), 0), shape)
+    return jax.random.normal(purpose(seed, "video"), shape)
 
 
 class AnimateDiffPipeline:
@@ -82,6 +86,7 @@ class AnimateDiffPipeline:
         self.schedule = schedule
         self.lora = lora or {}
         self.lora_scale = lora_scale
+        self._told_of_cut = False
         self.defaults = {"sample_size": 256, "guidance_scale": 8.0, **(defaults or {})}
 
     @classmethod
@@ -92,6 +97,9 @@ class AnimateDiffPipeline:
         *,
         dtype: str = "float32",
         lora: str | Path | None = None,
+        unet: str | Path | None = None,
+        motion_num_attention_heads: int | None = None,
+        motion_max_seq_length: int | None = None,
         model_revision: str | None = None,
         motion_adapter_revision: str | None = None,
         attention: str = "auto",
@@ -103,6 +111,8 @@ class AnimateDiffPipeline:
         motion_adapter: MotionAdapter folder or file, or a training checkpoint; None samples without motion modules,
             unless the base is itself a video model.
         lora: a training checkpoint or LoRA file to apply, unmerged.
+        unet: a checkpoint of a UNet that trained as a whole, which takes the place of the base's.
+        motion_num_attention_heads: for an adapter file without config; motion_*: an error where the adapter says otherwise.
         dtype: float32 | bfloat16 | float16, of weights and computation. attention: auto | xla | chunked | cudnn.
         noise: beta_start, beta_end, beta_schedule, steps_offset, clip_sample, num_train_timesteps, prediction_type;
             not given, AnimateDiff's recipe, and the base's own prediction_type.
@@ -124,6 +134,9 @@ class AnimateDiffPipeline:
         model = load_model(
             resolve(str(base), model_revision),
             None if motion_adapter is None else resolve(str(motion_adapter), motion_adapter_revision),
+            unet=None if unet is None else resolve(str(unet)),
+            motion_heads=motion_num_attention_heads,
+            motion_frames=motion_max_seq_length,
             settings=Settings(dtype=dtype, attention=attention),
             dtype=dtype,
         )
@@ -136,17 +149,32 @@ class AnimateDiffPipeline:
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
         """Applies a LoRA of the UNet, multiplied by `scale`; it takes the place of one loaded before."""
         adapter, own_scale = load_lora(Path(path))
+        if any(map(is_motion, flatten(adapter))) and not self.model.networks.unet.config.has_motion:
+            raise UserError(f"{path} is a LoRA of motion modules: give the motion adapter that it was trained on as well")
         check_fits(adapter, self.model.params["unet"], path)
         self.lora, self.lora_scale = adapter, scale * own_scale
 
+    def merge_lora(self) -> None:
+        """Folds the LoRA into the weights; frames stay the same to rounding."""
+        unet = merge_lora(self.model.params["unet"], self.lora, self.lora_scale)
+        self.model.params = {**self.model.params, "unet": unet}
+        self.lora = {}
+
+    @property
+    def dtype(self) -> str:
+        return self.model.networks.unet.settings.dtype
+
     def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
-        """Prompts → ids (b, tokens) int32, padded and cut to the text encoder's length (said in the log)."""
+        """Prompts → ids (b, tokens) int32, padded and cut to the text encoder's length; the first cut is said in the log."""
         tokenizer, length = self.model.tokenizer, self.model.networks.text_encoder.config.max_length
-        for prompt in prompts:
-            excess = len(tokenizer(prompt)["input_ids"]) - length
-            if excess > 0:
-                log.warning("the prompt is %d tokens too long, its end is not seen: %s", excess, prompt)
-        return np.asarray(tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"], np.int32)
+        with TOKENIZER_LOCK:
+            ids = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        for prompt, own in zip(prompts, ids, strict=True):
+            if len(own) > length and not self._told_of_cut:
+                self._told_of_cut = True
+                log.warning("text is cut after %d tokens, here %d too late (said once): %s", length, len(own) - length, prompt)
+        cut = [own if len(own) <= length else [*own[: length - 1], own[-1]] for own in ids]  # the end token stays
+        return np.array([own + [tokenizer.pad_token_id] * (length - len(own)) for own in cut], np.int32)
 
     def __call__(
         self,

@@ -46,7 +46,7 @@ def save_mp4(frames, path: Path, fps: float = 8) -> None:
 
 
 class _aside:
-    """Gives a temporary file beside `path`, and links it there when all went well; an existing file is never replaced."""
+    """Gives a temporary file beside `path`, and moves it there when all went well; an existing file is never replaced."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
@@ -62,16 +62,22 @@ class _aside:
     def __exit__(self, kind, error, trace):
         try:
             if kind is None:
-                os.link(self.part, self.path)
+                self.path.touch(exist_ok=False)  # takes the name, or fails where it is taken
+                os.replace(self.part, self.path)
         finally:
             self.part.unlink(missing_ok=True)
 
 
 def free_path(folder: Path, prompt: str, seed: int, suffix: str = ".gif") -> Path:
     """A name from prompt and seed that no file in the folder has yet."""
-    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "empty"
-    number, path = 1, folder / f"{words}-seed{seed}{suffix}"
+    number, path = 1, folder / f"{slug(prompt)}-seed{seed}{suffix}"
     while path.exists():
         number += 1
-        path = folder / f"{words}-seed{seed}-{number}{suffix}"
+        path = folder / f"{slug(prompt)}-seed{seed}-{number}{suffix}"
     return path
+
+
+def slug(text: str) -> str:
+    """Text as a file name of at most 80 bytes."""
+    words = re.sub(r"[^\w]+", "-", text.lower()).strip("-")
+    return words.encode()[:80].decode(errors="ignore").rstrip("-") or "empty"

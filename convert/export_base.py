@@ -22,21 +22,21 @@ def main() -> None:
     store.must_not_exist(args.output)
     source = store.base_folder(args.input)
     with files.written_whole(args.output) as out:
-        for part in store.PARTS:
+        for part, stem in store.STEMS.items():
             (out / part).mkdir()
             shutil.copyfile(source / part / "config.json", out / part / "config.json")
-            tensors = {key: files.to_ours(key, t.read()) for key, t in store.tensors_in(source / part, store.STEMS[part]).items()}
-            files.save(tensors, out / part / f"{store.STEMS[part]}.safetensors")
+            tensors = {key: files.to_ours(key, t.read()) for key, t in store.tensors_in(source / part, stem).items()}
+            files.save(tensors, out / part / f"{stem}.safetensors")
         for name in ("tokenizer", "scheduler"):
             if (source / name).is_dir():
                 shutil.copytree(source / name, out / name)
         if (source / "model_index.json").is_file():
             shutil.copyfile(source / "model_index.json", out / "model_index.json")
-    print(args.output)
-    if args.verify:
-        from anidiff_jax.weights.verify import verify
+        if args.verify:
+            from anidiff_jax.weights.verify import verify
 
-        verify(source, args.output)
+            verify(source, out)
+    print(args.output)
 
 
 if __name__ == "__main__":

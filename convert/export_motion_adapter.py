@@ -23,7 +23,7 @@ def main() -> None:
 
     import jax
 
-    from anidiff_jax.weights import store
+    from anidiff_jax.weights import files, store
     from anidiff_jax.weights.base import EMBEDDED
     from anidiff_jax.weights.hub import resolve
     from anidiff_jax.weights.merge import merged_adapter, write_adapter
@@ -32,13 +32,14 @@ def main() -> None:
     raw, params, header = merged_adapter(resolve(args.input), args.lora)
     if args.dtype:
         params = jax.tree.map(lambda x: x.astype(args.dtype), params)
-    write_adapter(params, raw, args.output, header)
-    print(args.output)
-    if args.verify:
-        from anidiff_jax.weights.verify import verify
+    with files.written_whole(args.output) as out:
+        write_adapter(params, raw, out, header)
+        if args.verify:
+            from anidiff_jax.weights.verify import verify
 
-        base = resolve(args.model_id_or_path) if args.model_id_or_path else EMBEDDED
-        verify(base, base, args.output, args.output)
+            base = resolve(args.model_id_or_path) if args.model_id_or_path else EMBEDDED
+            verify(base, base, out, out)
+    print(args.output)
 
 
 if __name__ == "__main__":

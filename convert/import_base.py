@@ -27,18 +27,18 @@ def main() -> None:
     source = store.base_folder(resolve(args.model_id_or_path, args.model_revision))
     size = 0
     with files.written_whole(args.output) as out:
-        for part in store.PARTS:
-            size += store.write_component(store.tensors_in(source / part, store.STEMS[part]), source / part, out / part)
+        for part, stem in store.STEMS.items():
+            size += store.write_component(store.tensors_in(source / part, stem), files.read_json(source / part / "config.json"), out / part)
         for name in ("tokenizer", "scheduler"):
             if (source / name).is_dir():
                 shutil.copytree(source / name, out / name)
         if (source / "model_index.json").is_file():
             shutil.copyfile(source / "model_index.json", out / "model_index.json")
-    print(f"{args.output}: {size / 1e9:.2f} GB")
-    if args.verify:
-        from anidiff_jax.weights.verify import verify
+        if args.verify:
+            from anidiff_jax.weights.verify import verify
 
-        verify(args.output, source)
+            verify(out, source)
+    print(f"{args.output}: {size / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

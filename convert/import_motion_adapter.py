@@ -26,15 +26,15 @@ def main() -> None:
 
     store.must_not_exist(args.output)
     source = resolve(args.motion_adapter_id_or_path, args.motion_adapter_revision)
-    _, tensors = store.motion_adapter(source)
+    config, tensors = store.motion_adapter(source)
     with files.written_whole(args.output) as out:
-        size = store.write_component(tensors, source, out)
-    print(f"{args.output}: {size / 1e9:.2f} GB")
-    if args.verify:
-        from anidiff_jax.weights.verify import verify
+        size = store.write_component(tensors, config, out)
+        if args.verify:
+            from anidiff_jax.weights.verify import verify
 
-        base = resolve(args.model_id_or_path) if args.model_id_or_path else EMBEDDED
-        verify(base, base, args.output, source)
+            base = resolve(args.model_id_or_path) if args.model_id_or_path else EMBEDDED
+            verify(base, base, out, source)
+    print(f"{args.output}: {size / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,13 @@ def test_a_video_depends_on_its_prompt_and_seed_only(pipe):
     assert np.abs(pipe(PROMPT, seed=4, **sizes) - alone).max() > 1e-2
 
 
+def test_tokens_are_those_of_the_tokenizer(pipe, caplog):
+    prompts = ["a red circle", "", "a blue star, " * 40]
+    expected = pipe.model.tokenizer(prompts, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    np.testing.assert_array_equal(pipe.tokenize(prompts), expected)
+    assert "text is cut after 77 tokens" in caplog.text
+
+
 def test_no_guidance_is_guidance_of_one(pipe):
     sizes = {"num_frames": 4, "height": 32, "width": 32, "num_inference_steps": 2}
     skipped = pipe(PROMPT, guidance_scale=1.0, **sizes)

@@ -98,7 +98,7 @@ def test_the_four_commands(script, base, adapter, clips, tmp_path):
     assert code == 0
     assert merged[0] == str(checkpoint) + "-merged"
     first, second = (np.stack(frames_of(path)) for path in (printed[-1], merged[1]))
-    assert np.abs(first - second).mean() < 2  # the same frames, unmerged and merged
+    assert np.abs(first - second).max() <= 8  # the same frames, unmerged and merged, but for their palettes
     code, _, error = script("sample.py", *infer, "--merge_lora", "true", *SAMPLE)
     assert code == 2
     assert "replace_if_exists" in error
@@ -127,6 +127,13 @@ def test_a_whole_unet_trains_on_single_frames(script, base, clips, tmp_path):
     trained = UNet2DConditionModel.from_pretrained(printed[-1]).state_dict()
     before = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
     assert sum((trained[key] != before[key]).any().item() for key in before) > 0.9 * len(before)
+
+    # The whole UNet is sampled, not the base's, and not only its motion modules.
+    whole = ["--model_id_or_path", base, "--sft_type", "full", "--ckpt_dir", printed[-1], "--prompt", "a star", "--output_path", tmp_path]
+    code, printed, _ = script("sample.py", *whole, *SAMPLE)
+    assert code == 0
+    code, plain, _ = script("sample.py", "--model_id_or_path", base, "--prompt", "a star", "--output_path", tmp_path, *SAMPLE)
+    assert np.abs(np.stack(frames_of(printed[-1])) - np.stack(frames_of(plain[-1]))).max() > 0
 
 
 def test_config_files_and_the_command_line(script, base, clips, tmp_path):

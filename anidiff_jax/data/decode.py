@@ -8,8 +8,11 @@ from PIL import Image
 
 try:  # no wheel for Linux on ARM
     import decord
+
+    UNREADABLE: tuple[type[Exception], ...] = (decord.DECORDError, RuntimeError, OSError, ValueError, IndexError)
 except ImportError:
     decord = None
+    UNREADABLE = (RuntimeError, OSError, ValueError, IndexError)
 
 
 class BadVideo(Exception):
@@ -22,7 +25,7 @@ def read_clip(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarray:
         return _with_decord(path, choose) if decord else _with_imageio(path, choose)
     except BadVideo:
         raise
-    except (RuntimeError, OSError, ValueError, IndexError) as error:
+    except UNREADABLE as error:
         reason = str(error).strip().splitlines()
         raise BadVideo(f"it cannot be decoded ({reason[-1][:80] if reason else type(error).__name__})") from None
 
@@ -37,8 +40,9 @@ def _with_decord(path, choose):
 def _with_imageio(path, choose):
     import imageio.v3 as iio
 
-    frames = list(iio.imiter(path, plugin="FFMPEG"))
-    return np.stack([frames[i] for i in choose(len(frames))])
+    chosen = choose(sum(1 for _ in iio.imiter(path, plugin="FFMPEG")))  # the header's count is often wrong
+    kept = {i: frame for i, frame in enumerate(iio.imiter(path, plugin="FFMPEG")) if i in set(chosen)}
+    return np.stack([kept[i] for i in chosen])
 
 
 def window(length: int, frames: int, stride: int, rng: np.random.Generator) -> np.ndarray:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from anidiff_jax.errors import UserError
+from anidiff_jax.errors import UserError, read_text
 
 log = logging.getLogger(__name__)
 
-VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
+VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,17 @@ def _from_csv(path: Path) -> list[tuple[str, str]]:
             reader = csv.DictReader(file)
             columns = set(reader.fieldnames or ())
             if {"name", "contentUrl"} <= columns:
-                row_of = lambda row: (row["contentUrl"].rstrip("/").rsplit("/", 1)[-1], row["name"])
+                used, row_of = ("name", "contentUrl"), lambda row: (row["contentUrl"].rstrip("/").rsplit("/", 1)[-1], row["name"])
             elif {"name", "videoid"} <= columns:
-                row_of = lambda row: (f"{row['videoid']}.mp4", row["name"])
+                used, row_of = ("name", "videoid"), lambda row: (f"{row['videoid']}.mp4", row["name"])
             else:
                 found = ",".join(reader.fieldnames or ())[:80]
                 raise UserError(f"csv_path {path}: its first line must name the columns name,contentUrl (or videoid,name); it is {found!r}")
-            return [row_of(row) for row in reader if all(row.get(key) is not None for key in columns)]
+            rows = list(reader)
+            whole = [row_of(row) for row in rows if row[used[0]] is not None and row[used[1]]]
+            if len(whole) < len(rows):
+                log.warning("%d of %d rows of %s lack %s or %s", len(rows) - len(whole), len(rows), path, *used)
+            return whole
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"csv_path {path} cannot be read as csv in UTF-8: {error}") from None
 
@@ -87,4 +91,4 @@ def _from_captions(folder: Path, present: set[str]) -> list[tuple[str, str]]:
         raise UserError(f"video_folder {folder}: no video has a .txt caption beside it; write them, or give --csv_path")
     if bare:
         log.warning("%d of %d videos in %s have no .txt caption, the first: %s", len(bare), len(videos), folder, bare[0])
-    return [(name, (folder / text).read_text(encoding="utf-8-sig").strip()) for name, text in captioned if text in present]
+    return [(name, read_text(folder / text).strip()) for name, text in captioned if text in present]

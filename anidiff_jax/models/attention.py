@@ -14,10 +14,8 @@ def attend(q, k, v, kind: str = "auto", causal: bool = False):
           cudnn    the GPU's fused kernel; float16 and bfloat16 only
           auto     cudnn where it applies, else chunked where the logits are large, else xla
     """
-    logits_per_head = q.shape[1] * k.shape[1]
-    if kind == "auto":
-        fused = jax.default_backend() == "gpu" and q.dtype != jnp.float32 and q.shape[-1] % 8 == 0 and q.shape[1] > 64
-        kind = "cudnn" if fused else "chunked" if logits_per_head > CHUNK_ABOVE else "xla"
+    if kind == "auto" or (kind == "cudnn" and q.shape[-1] > fused_limit()):
+        kind = choose(q.shape[1], k.shape[1], q.shape[-1], q.dtype)
     if kind == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
 
@@ -27,6 +25,22 @@ def attend(q, k, v, kind: str = "auto", causal: bool = False):
     q, k, v = merge(q), merge(k), merge(v)
     y = jax.lax.map(jax.checkpoint(one_head), (q, k, v)) if kind == "chunked" else one_head((q, k, v))
     return y.reshape(b, h, s, d).swapaxes(1, 2)  # (b h) s d -> b s h d
+
+
+def choose(queries: int, keys: int, head_dim: int, dtype) -> str:
+    """The kind that "auto" stands for. Short sequences, such as the frames of a clip, are one batched product anywhere."""
+    fits = head_dim % 8 == 0 and head_dim <= fused_limit() and dtype in (jnp.float16, jnp.bfloat16)
+    if fits and queries > 64:
+        return "cudnn"
+    return "chunked" if queries * keys > CHUNK_ABOVE else "xla"
+
+
+def fused_limit() -> int:
+    """The widest head that cuDNN's kernel takes: 256 on Hopper and later, 128 before, none without an NVIDIA GPU."""
+    if jax.default_backend() != "gpu":
+        return 0
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", "0"))
+    return 0 if not capability[0].isdigit() else 256 if float(capability) >= 9 else 128
 
 
 def _attend_head(q, k, v, causal):  # (..., s, d), (..., t, d), (..., t, d)

@@ -31,7 +31,6 @@ class UNetConfig:
     norm_eps: float
     linear_projection: bool
     mid_scale: float
-    downsample_padding: int
     max_frames: int  # length of the motion modules' position table
     down: tuple[BlockConfig, ...]
     mid: BlockConfig  # one resnet more than depths
@@ -113,6 +112,7 @@ _UNET_FIXED = {
     "addition_embed_type": (None,),
     "attention_type": ("default",),
     "center_input_sample": (False,),
+    "downsample_padding": (1,),
     "class_embed_type": (None,),
     "class_embeddings_concat": (False,),
     "conv_in_kernel": (3,),
@@ -140,7 +140,7 @@ _UNET_FIXED = {
 # Read below, or without effect on what is computed here (softmax is in float32 always, so upcast_attention is as well).
 _UNET_READ = {
     "addition_embed_type_num_heads", "addition_time_embed_dim", "attention_head_dim", "block_out_channels", "cross_attention_dim",
-    "down_block_types", "downsample_padding", "in_channels", "layers_per_block", "mid_block_layers", "mid_block_scale_factor",
+    "down_block_types", "in_channels", "layers_per_block", "mid_block_layers", "mid_block_scale_factor",
     "motion_max_seq_length", "motion_num_attention_heads", "norm_eps", "norm_num_groups", "num_attention_heads", "out_channels",
     "projection_class_embeddings_input_dim", "reverse_motion_num_attention_heads", "reverse_temporal_transformer_layers_per_block",
     "reverse_transformer_layers_per_block", "sample_size", "temporal_transformer_layers_per_block",
@@ -212,16 +212,20 @@ def unet_config(raw: Mapping[str, Any], motion: MotionConfig | None, where: str 
         spatial = _per_block(depth, len(motion_depths), "transformer_layers_per_block", where) if cross else [0] * len(motion_depths)
         return BlockConfig(channels[i], tuple(spatial), heads[i], tuple(motion_depths), m.heads[i], resample)
 
+    groups = get("norm_num_groups", 32)
+    for width, head_count, motion_heads in zip(channels, heads, m.heads, strict=True):
+        for name, parts in (("norm_num_groups", groups), ("attention_head_dim", head_count), ("motion_num_attention_heads", motion_heads)):
+            if width % parts:
+                raise UserError(f"{where}: {name} {parts} does not divide the {width} channels of a block")
     last = count - 1
     return UNetConfig(
         in_channels=get("in_channels", 4),
         out_channels=get("out_channels", 4),
         cross_attention_dim=cross_dims.pop(),
-        norm_groups=get("norm_num_groups", 32),
+        norm_groups=groups,
         norm_eps=get("norm_eps", 1e-5),
         linear_projection=get("use_linear_projection", False),
         mid_scale=get("mid_block_scale_factor", 1.0),
-        downsample_padding=get("downsample_padding", 1),
         max_frames=m.max_frames,
         down=tuple(block(i, _BLOCKS[down_types[i]], depths[i], m.down[i], i < last) for i in range(count)),
         mid=block(last, True, mid_depths, m.mid or (0,) * mid_layers, False),
@@ -329,6 +333,8 @@ def clip_config(raw: Mapping[str, Any], where: str = "text_encoder/config.json")
     act = raw.get("hidden_act", "quick_gelu")
     if act not in ("quick_gelu", "gelu"):
         raise UserError(f"{where}: hidden_act={act!r} is not supported (known: quick_gelu, gelu)")
+    if raw.get("hidden_size", 512) % raw.get("num_attention_heads", 8):
+        raise UserError(f"{where}: num_attention_heads {raw['num_attention_heads']} does not divide hidden_size {raw['hidden_size']}")
     return CLIPTextConfig(
         vocab_size=raw.get("vocab_size", 49408),
         hidden_size=raw.get("hidden_size", 512),

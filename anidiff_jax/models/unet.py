@@ -153,8 +153,7 @@ class DownBlock(Block):
             x = self.attend(i, self.resnet(i)(x, time), text)
             skips.append(x)
         if self.config.resample:
-            side = self.unet.downsample_padding
-            x = Downsample(self.config.channels, self.settings, ((side, side), (side, side)), name="downsamplers.0")(x)
+            x = Downsample(self.config.channels, self.settings, name="downsamplers.0")(x)
             skips.append(x)
         return x, skips
 

@@ -8,6 +8,7 @@ import jax
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.models.config import is_motion_unet
+from anidiff_jax.training.setup import lora_dtype
 from anidiff_jax.training.state import TrainState
 from anidiff_jax.weights import files
 from anidiff_jax.weights.base import Model
@@ -32,7 +33,8 @@ def save_checkpoint(run: Path, state: TrainState, frozen_unet: Tree, model: Mode
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((out / "state").absolute(), state)
         if config.sft_type == "lora":
-            save_lora(state.params, out, config.lora_alpha, config.lora_dropout, header["base_model"], header)
+            lora = jax.tree.map(lambda x: x.astype(lora_dtype(config)), state.params)
+            save_lora(lora, out, config.lora_alpha, config.lora_dropout, header["base_model"], header)
         else:
             save_unet_part(state.params, frozen_unet, model, out, header)
         files.save_json(config.to_json(), out / "train_config.json")
@@ -57,7 +59,7 @@ def unet_json(model: Model) -> dict[str, Any]:
     if model.motion is None or is_motion_unet(raw):
         return raw
     adapter = model.motion.to_json()
-    keep = ("act_fn", "block_out_channels", "cross_attention_dim", "downsample_padding", "in_channels", "layers_per_block",
+    keep = ("act_fn", "block_out_channels", "cross_attention_dim", "in_channels", "layers_per_block",
             "mid_block_scale_factor", "norm_eps", "norm_num_groups", "out_channels", "sample_size", "transformer_layers_per_block",
             "reverse_transformer_layers_per_block", "use_linear_projection")  # fmt: skip
     return {
@@ -74,13 +76,13 @@ def unet_json(model: Model) -> dict[str, Any]:
     }
 
 
-def holds_lora(folder: Path) -> bool:
-    """Whether a checkpoint is a LoRA's; a UserError where it is no checkpoint."""
+def kind_of(folder: Path) -> str:
+    """What a checkpoint holds: "lora", "motion_adapter" or "unet"; a UserError where it is no checkpoint."""
     if not folder.is_dir():
         raise UserError(f"ckpt_dir {folder} does not exist: give a folder such as output/ad-…/checkpoints/iter-100")
     if (folder / LORA_CONFIG).is_file():
-        return True
+        return "lora"
     if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():
-        return False
+        return "unet" if (files.read_json(folder / "config.json").get("_class_name") or "").startswith("UNet") else "motion_adapter"
     inside = sorted((p.name for p in folder.glob("**/iter-*") if p.is_dir()), key=lambda name: int(name[5:]) if name[5:].isdigit() else -1)
     raise UserError(f"ckpt_dir {folder} is not a checkpoint" + (f": give the folder {inside[-1]} inside it" if inside else ""))

@@ -97,8 +97,6 @@ class Report:
 
 
 def start_wandb(run: Path, config: TrainConfig):
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("use_wandb needs the package wandb: pip install wandb") from None
+    import wandb
+
     return wandb.init(project="anidiff-jax", name=run.name, dir=str(run), config=config.to_json())

@@ -13,6 +13,7 @@ from anidiff_jax.models.init import shapes
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.unet import UNet
 from anidiff_jax.pipeline import check_size
+from anidiff_jax.random import purpose
 from anidiff_jax.weights.base import EMBEDDED, EMBEDDED_CLIPS, Model, load_model
 from anidiff_jax.weights.files import read_json
 from anidiff_jax.weights.hub import resolve
@@ -35,7 +36,7 @@ def load(config: TrainConfig) -> Model:
     elif config.embedded and config.sft_type == "lora":
         adapter = EMBEDDED / "motion_adapter"
 
-    fresh = None
+    fresh = False
     if adapter is None and (base / "unet" / "config.json").is_file():
         raw = read_json(base / "unet" / "config.json")
         if not is_motion_unet(raw) and config.sample_n_frames > 1 and _touches_motion(config, raw):
@@ -44,14 +45,18 @@ def load(config: TrainConfig) -> Model:
                     "lora on motion modules needs the motion adapter to adapt: give --motion_adapter_id_or_path, "
                     "or --sft_type full to train one from nothing"
                 )
-            fresh = {"heads": config.motion_num_attention_heads, "max_frames": config.motion_max_seq_length}
+            fresh = True
 
     dtype = compute_dtype(config)
+    if config.mixed_precision and dtype == "float32":
+        log.info("mixed_precision: a CPU is slower in bfloat16, so float32 is used")
     trains = matches(config.trainable_modules)
     model = load_model(
         base,
         adapter,
         fresh_motion=fresh,
+        motion_heads=config.said("motion_num_attention_heads"),
+        motion_frames=config.said("motion_max_seq_length"),
         settings=Settings(
             dtype=dtype,
             attention=config.attention,
@@ -62,7 +67,6 @@ def load(config: TrainConfig) -> Model:
         keep_float32=(lambda key: trains(key) and not is_buffer(key)) if config.sft_type == "full" else (lambda key: False),
         seed=config.seed,
     )
-    _check_motion(config, model)
     check_size(model, config.sample_n_frames, config.sample_size, config.sample_size)
     return model
 
@@ -75,13 +79,12 @@ def data_paths(config: TrainConfig) -> tuple[str | None, str | None]:
 
 
 def compute_dtype(config: TrainConfig) -> str:
-    if not config.mixed_precision:
-        return "float32"
-    if jax.default_backend() == "cpu":
-        if "mixed_precision" in config.given:
-            log.warning("mixed_precision: a CPU is slower in bfloat16, so float32 is used")
-        return "float32"
-    return "bfloat16"
+    return "bfloat16" if config.mixed_precision and jax.default_backend() != "cpu" else "float32"
+
+
+def lora_dtype(config: TrainConfig) -> str:
+    """The type in which adapters are used and saved. What the optimizer updates is float32 whatever this says."""
+    return LORA_DTYPES.get(config.lora_dtype) or compute_dtype(config)
 
 
 def split_params(config: TrainConfig, model: Model) -> tuple[Tree, dict[str, Tree]]:
@@ -91,8 +94,7 @@ def split_params(config: TrainConfig, model: Model) -> tuple[Tree, dict[str, Tre
     """
     unet = model.params["unet"]
     if config.sft_type == "lora":
-        dtype = LORA_DTYPES.get(config.lora_dtype, compute_dtype(config))
-        trained = init_lora(jax.random.key(config.seed), unet, config.trainable_modules, config.lora_rank, dtype)
+        trained = init_lora(purpose(config.seed, "lora"), unet, config.trainable_modules, config.lora_rank)
         frozen_unet = unet
     else:
         trains = matches(config.trainable_modules)
@@ -109,13 +111,3 @@ def _touches_motion(config: TrainConfig, raw: dict) -> bool:
     names = split(shapes(UNet(unet_config(raw, motion))), is_motion)[0]
     chosen = matches(config.trainable_modules)
     return any(map(chosen, linear_layers(names) if config.sft_type == "lora" else flatten(names)))
-
-
-def _check_motion(config: TrainConfig, model: Model) -> None:
-    """An adapter's own shape wins; arguments that say otherwise are an error."""
-    if model.motion is None:
-        return
-    said = {"motion_max_seq_length": model.motion.max_frames, "motion_num_attention_heads": model.motion.heads[0]}
-    for name, own in said.items():
-        if name in config.given and getattr(config, name) != own:
-            raise UserError(f"{name} {getattr(config, name)} conflicts with the motion adapter, which has {own}: leave the argument out")

@@ -31,7 +31,7 @@ def learning_rate(config: TrainConfig, updates: int) -> optax.Schedule:
     """The learning rate at each update, as transformers' schedules of the same names give it."""
     peak = config.learning_rate or 1e-4
     kind = config.lr_scheduler_type
-    warmup = 0 if kind == "constant" else math.ceil(config.warmup_ratio * updates)
+    warmup = 0 if kind == "constant" else min(math.ceil(config.warmup_ratio * updates), updates - 1)  # never all of them at 0
 
     def rate(update):
         rising = update / max(warmup, 1)

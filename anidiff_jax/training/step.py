@@ -11,7 +11,9 @@ import optax
 from anidiff_jax.diffusion.schedule import NoiseSchedule, add_noise, target
 from anidiff_jax.lora import scaled
 from anidiff_jax.models.networks import Networks
+from anidiff_jax.models.vae import Posterior
 from anidiff_jax.parallel import AXIS
+from anidiff_jax.random import purpose
 from anidiff_jax.training.state import TrainState
 from anidiff_jax.weights.tree import Tree, merge
 
@@ -20,27 +22,37 @@ FRAMES_AT_ONCE = 4  # of the VAE's encoder, which needs far more memory a frame 
 
 @dataclass(frozen=True)
 class Task:
-    """What is computed, apart from weights and data. lora_scale: None when the UNet's own parameters train."""
+    """What is computed, apart from weights and data.
+
+    lora_scale: None when the UNet's own parameters train. lora_dtype: adapters are rounded to it before they are used.
+    """
 
     networks: Networks
     schedule: NoiseSchedule
     seed: int
     lora_scale: float | None = None
+    lora_dtype: str = "float32"
 
     def unet_variables(self, trained: Tree, frozen: Tree) -> dict[str, Tree]:
         """Flax variables of the UNet from what trains and what does not."""
         if self.lora_scale is None:
             return {"params": merge(frozen, trained)}
-        return {"params": frozen, "lora": scaled(trained, self.lora_scale)}
+        lora = jax.tree.map(lambda x: x.astype(self.lora_dtype), trained)
+        return {"params": frozen, "lora": scaled(lora, self.lora_scale)}
 
 
-def encode_clip(task: Task, frozen: dict[str, Tree], pixels, key):
-    """uint8 frames (f, H, W, 3) → latents (f, h, w, c), drawn from the VAE's posterior and scaled."""
+def encode_clips(task: Task, frozen: dict[str, Tree], pixels, keys):
+    """uint8 frames (b, f, H, W, 3), a key a clip → latents (b, f, h, w, c), drawn from the VAE's posterior and scaled."""
     vae = task.networks.vae
-    images = pixels.astype(jnp.float32) / 127.5 - 1
-    encode = lambda image: jax.tree.map(lambda x: x[0], vae.apply({"params": frozen["vae"]}, image[None], method="encode"))
-    posterior = jax.lax.map(encode, images, batch_size=min(FRAMES_AT_ONCE, images.shape[0]))
-    return (posterior.sample(key) - vae.config.shift_factor) * vae.config.scaling_factor
+    b, f, *image = pixels.shape
+
+    def encode(frame):
+        return jax.tree.map(lambda x: x[0], vae.apply({"params": frozen["vae"]}, frame[None] / 127.5 - 1, method="encode"))
+
+    frames = pixels.reshape(b * f, *image)  # b f h w c -> (b f) h w c
+    posterior = jax.lax.map(encode, frames, batch_size=min(FRAMES_AT_ONCE, b * f))
+    clips = jax.tree.map(lambda x: x.reshape(b, f, *x.shape[1:]), posterior)  # (b f) h w c -> b f h w c
+    return (jax.vmap(Posterior.sample)(clips, keys) - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def denoising_loss(trained, frozen, task: Task, latents, text, key):
@@ -65,9 +77,9 @@ def make_update(task: Task, optimizer: optax.GradientTransformation) -> Callable
     """
 
     def gradients(params, frozen, clips):  # one micro-batch
-        keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(task.seed), index))(clips["index"])
+        keys = jax.vmap(lambda index: jax.random.fold_in(purpose(task.seed, "clip"), index))(clips["index"])
         keys = jax.vmap(jax.random.split)(keys)  # (clips, 2)
-        latents = jax.vmap(lambda pixels, key: encode_clip(task, frozen, pixels, key))(clips["pixels"], keys[:, 0])
+        latents = encode_clips(task, frozen, clips["pixels"], keys[:, 0])
         text = task.networks.text_encoder.apply({"params": frozen["text_encoder"]}, clips["ids"])
         one = lambda params, *clip: denoising_loss(params, frozen, task, *clip)
         return jax.value_and_grad(lambda params: jax.vmap(one, (None, 0, 0, 0))(params, latents, text, keys[:, 1]).mean())(params)
@@ -78,7 +90,6 @@ def make_update(task: Task, optimizer: optax.GradientTransformation) -> Callable
         total, _ = jax.lax.scan(add, zeros, batch)
         count = batch["index"].shape[0]
         loss, grads = jax.lax.pmean(jax.tree.map(lambda x: x / count, total), AXIS)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return state.advance(params, opt_state), {"loss": loss, "grad_norm": optax.global_norm(grads)}

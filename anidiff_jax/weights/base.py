@@ -46,21 +46,28 @@ def load_model(
     base: Path,
     motion_adapter: Path | None = None,
     *,
-    fresh_motion: Mapping[str, Any] | None = None,
+    unet: Path | None = None,
+    fresh_motion: bool = False,
+    motion_heads: int | None = None,
+    motion_frames: int | None = None,
     settings: Settings | None = None,
     dtype: str | None = "float32",
     keep_float32: Callable[[str], bool] = lambda key: False,
     seed: int = 0,
 ) -> Model:
-    """Loads a base model with a motion adapter, with fresh motion modules ({heads, max_frames}), or with none.
+    """Loads a base model with a motion adapter, with fresh motion modules, or with none.
 
+    unet: a folder whose UNet takes the place of the base's (one that trained as a whole).
+    motion_heads, motion_frames: what the user said of the motion modules. It shapes fresh ones, gives the heads of a file
+    without config, and is an error where an adapter says otherwise.
     dtype: of all weights (None: as stored), except those of the UNet for which keep_float32(key). A base that is itself a
     video model (UNetMotionModel) brings its own motion modules. Errors (UserError) name the file and the tensor or key.
     """
     base, settings = store.base_folder(base), settings or Settings()
     dtype_of = lambda key: "float32" if keep_float32(key) else dtype
-    unet_json = read_json(base / "unet" / "config.json")
-    unet_tensors = named_tensors(base, "unet")
+    unet_folder = unet or base / "unet"
+    unet_json = read_json(unet_folder / "config.json")
+    unet_tensors = store.tensors_in(unet_folder)
     groups = unet_json.get("norm_num_groups") or 32
     own_motion = {k: t for k, t in unet_tensors.items() if is_motion(k)}
     unet_tensors = {k: t for k, t in unet_tensors.items() if not is_motion(k)}
@@ -69,31 +76,38 @@ def load_model(
     motion_tensors: dict[str, Tensor] = {}
     if motion_adapter is not None:
         adapter_json, motion_tensors = store.motion_adapter(motion_adapter)
+        if not adapter_json.get("motion_num_attention_heads"):
+            adapter_json = {**adapter_json, "motion_num_attention_heads": motion_heads}
         motion = motion_config(adapter_json, {k: t.shape for k, t in motion_tensors.items()}, groups, str(motion_adapter))
-    elif fresh_motion is not None:
-        motion = fresh_motion_config(unet_json, **fresh_motion)
     elif own_motion:
         motion_tensors = own_motion
-        motion = motion_config(unet_json, {k: t.shape for k, t in own_motion.items()}, groups, str(base / "unet"))
+        motion = motion_config(unet_json, {k: t.shape for k, t in own_motion.items()}, groups, str(unet_folder))
+    elif fresh_motion:
+        motion = fresh_motion_config(unet_json, motion_heads or 8, motion_frames or 32)
     elif is_motion_unet(unet_json):
-        raise UserError(f"{base / 'unet'}: its config.json describes a video model, but it holds no motion modules")
+        raise UserError(f"{unet_folder}: its config.json describes a video model, but it holds no motion modules")
+
+    if motion is not None:
+        said = {"motion_num_attention_heads": (motion_heads, motion.heads[0]), "motion_max_seq_length": (motion_frames, motion.max_frames)}
+        for name, (given, own) in said.items():
+            if given is not None and given != own:
+                raise UserError(f"{name} {given} conflicts with the motion adapter, which has {own}: leave the argument out")
 
     networks = Networks(
         CLIPTextModel(clip_config(read_json(base / "text_encoder" / "config.json")), settings),
         AutoencoderKL(vae_config(read_json(base / "vae" / "config.json")), settings),
-        UNet(unet_config(unet_json, motion, str(base / "unet" / "config.json")), settings),
+        UNet(unet_config(unet_json, motion, str(unet_folder / "config.json")), settings),
     )
     _check_fit(networks, base)
     motion_shapes, image_shapes = split(shapes(networks.unet), is_motion)
     # The largest first: while a tensor is read and transposed, memory holds it twice.
-    unet = load(image_shapes, unet_tensors, dtype_of, base / "unet")
+    weights = load(image_shapes, unet_tensors, dtype_of, unet_folder)
     if motion_tensors:
-        adapter = load(motion_shapes, motion_tensors, dtype_of, motion_adapter or base / "unet")
-        unet = merge(unet, adapter)
+        weights = merge(weights, load(motion_shapes, motion_tensors, dtype_of, motion_adapter or unet_folder))
     elif motion is not None:
-        unet = merge(unet, draw(motion_shapes, seed))
+        weights = merge(weights, draw(motion_shapes, seed))
     params = {
-        "unet": unet,
+        "unet": weights,
         "vae": load(shapes(networks.vae), named_tensors(base, "vae"), lambda _: dtype, base / "vae"),
         "text_encoder": load(shapes(networks.text_encoder), named_tensors(base, "text_encoder"), lambda _: dtype, base / "text_encoder"),
     }
@@ -109,7 +123,10 @@ def load_tokenizer(folder: Path):
         raise UserError(f"{folder} holds neither tokenizer.json nor vocab.json: the model's tokenizer is missing")
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(str(folder))
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder))
+    except Exception as error:  # of many kinds, from Rust too
+        raise UserError(f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def _check_fit(networks: Networks, base: Path) -> None:
@@ -145,4 +162,4 @@ def _vae_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {rename(k): t for k, t in tensors.items()}
 
 
-NAMES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {"unet": dict, "vae": _vae_names, "text_encoder": _text_names}
+NAMES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {"vae": _vae_names, "text_encoder": _text_names}

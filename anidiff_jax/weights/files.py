@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from anidiff_jax.errors import UserError
+from anidiff_jax.errors import UserError, read_text
 from anidiff_jax.weights.tree import Flat, Tree, flatten, unflatten
 
 
@@ -59,7 +59,7 @@ def tensors_in(folder: Path, stem: str = "diffusion_pytorch_model") -> dict[str,
             return tensors_of(single)
         for index in indexes:
             if index.is_file():
-                shards = sorted(set(read_json(index)["weight_map"].values()))
+                shards = sorted(set(read_json(index).get("weight_map", {}).values()))
                 found: dict[str, Tensor] = {}
                 for shard in shards:
                     if not (folder / shard).is_file():
@@ -75,9 +75,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a folder in diffusers layout")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no names and values: it is not the file that it should be")
+    return value
 
 
 def _axes(key: str, ndim: int) -> tuple[int, ...] | None:
@@ -105,10 +108,11 @@ def their_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape) if axes is None else tuple(shape[i] for i in np.argsort(axes))
 
 
-def load(expected: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype_of, where: str | Path) -> Tree:
+def load(expected: Mapping[str, Any], tensors: dict[str, Tensor], dtype_of, where: str | Path) -> Tree:
     """Reads exactly the `expected` parameters (a tree of shapes); `dtype_of(key)` gives each one's type, None as stored.
 
-    A tensor that is missing, left over or of another shape is a UserError that names it.
+    Empties `tensors` on the way, so that memory never holds two models. A tensor that is missing, left over or of another
+    shape is a UserError that names it.
     """
     wanted = flatten(expected)
     for kind, keys in (("lacks", wanted.keys() - tensors.keys()), ("holds unexpected", tensors.keys() - wanted.keys())):
@@ -119,9 +123,11 @@ def load(expected: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype_of, w
     for key, like in wanted.items():
         shape = their_shape(key, like.shape)
         stored = tensors[key].shape
-        if stored != shape and not (stored == (*shape, 1, 1) and len(shape) == 2):  # 1 × 1 convolution where a Linear is meant
+        # Old files keep the VAE's Linear weights as convolutions of size 1.
+        as_conv = (*shape, 1, 1) if len(shape) == 2 else None  # as old files keep the VAE's Linear weights
+        if stored not in (shape, as_conv):
             raise UserError(f"{where}: {key} has shape {list(stored)}, expected {list(shape)}: it does not fit its config.json")
-        array = to_ours(key, tensors[key].read().reshape(shape))
+        array = to_ours(key, tensors.pop(key).read().reshape(shape))
         params[key] = jnp.asarray(array, dtype=dtype_of(key) or array.dtype)
     return unflatten(params)
 

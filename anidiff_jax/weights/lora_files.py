@@ -60,9 +60,17 @@ def _alpha(file: Path, rank: int) -> float:
     """From PEFT's config beside the file, else from the header, else the rank (a scale of one), as diffusers assumes."""
     config = file.with_name(CONFIG)
     if config.is_file():
-        return float(files.read_json(config)["lora_alpha"])
-    header = json.loads(files.metadata_of(file).get(METADATA, "{}"))
-    return float(header.get("unet.lora_alpha", header.get("lora_alpha", rank)))
+        said, where = files.read_json(config), config
+    else:
+        header = json.loads(files.metadata_of(file).get(METADATA, "{}"))
+        said, where = {key.removeprefix("unet."): value for key, value in header.items()}, file
+        said.setdefault("lora_alpha", rank)
+    for key in ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern"):
+        if said.get(key):
+            raise UserError(f"{where}: {key}={said[key]!r} changes what the LoRA computes, and is not supported")
+    if not isinstance(said.get("lora_alpha"), (int, float)):
+        raise UserError(f"{where} does not say lora_alpha, so the LoRA's scale is unknown")
+    return float(said["lora_alpha"])
 
 
 def check_fits(lora: Mapping, params: Mapping, where: str | Path) -> None:

@@ -34,7 +34,8 @@ def write_merged_adapter(adapter: str | Path | None, revision: str | None, check
     if target.exists() and not replace:
         raise UserError(f"{target} exists: give --replace_if_exists true to write it anew, or move it away")
     raw, params, header = merged_adapter(EMBEDDED / "motion_adapter" if adapter is None else resolve(str(adapter), revision), checkpoint)
-    write_adapter(params, raw, target, header)
+    with files.written_whole(target) as out:
+        write_adapter(params, raw, out, header)
     return target
 
 
@@ -53,10 +54,9 @@ def merged_adapter(adapter: Path, checkpoint: Path | None) -> tuple[dict[str, An
 
 
 def write_adapter(params: Mapping, raw: Mapping, target: Path, header: Mapping[str, str] | None = None) -> None:
-    """A motion adapter's folder in diffusers layout; its config.json says what the tensors are, whatever `raw` said of them."""
+    """Fills a motion adapter's folder in diffusers layout; its config.json says what the tensors are, whatever `raw` said of them."""
     shapes = {key: files.their_shape(key, value.shape) for key, value in flatten(params).items()}
     groups = raw.get("motion_norm_num_groups") or raw.get("norm_num_groups") or 32
     config = motion_config(raw, shapes, groups, str(target)).to_json()
-    with files.written_whole(target) as out:
-        files.save_json(config, out / "config.json")
-        files.save(params, out / WEIGHTS, header)
+    files.save_json(config, target / "config.json")
+    files.save(params, target / WEIGHTS, header)

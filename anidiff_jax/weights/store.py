@@ -1,7 +1,6 @@
 """What lies in a folder: diffusers layout with safetensors, or the same layout with Orbax arrays as convert/import_*.py write it."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,14 +71,14 @@ def base_folder(path: Path) -> Path:
         raise UserError(f"{path} is not a Stable Diffusion model in diffusers layout: it has no {', '.join(m + '/' for m in missing)}")
     index = path / "model_index.json"
     if index.is_file():
-        kind = read_json(index).get("_class_name", "")
+        kind = read_json(index).get("_class_name") or ""
         if kind.startswith("StableDiffusion3") or "XL" in kind or "Flux" in kind:
             raise UserError(f"{path} is a {kind} model: Stable Diffusion 1.x and 2.x are supported")
     return path
 
 
 def motion_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(config.json, tensors) of a motion adapter: its folder, a video UNet's, a checkpoint of ours, or a bare .safetensors file."""
+    """(config.json, tensors) of a motion adapter: its folder, a checkpoint of ours, or a bare .safetensors file."""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: motion adapters are read from .safetensors files or folders in diffusers layout")
@@ -92,6 +91,8 @@ def motion_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"{path} holds a LoRA, which needs the motion adapter that it was trained on: give it as --ckpt_dir instead")
     else:
         raise UserError(f"{path} is not a motion adapter: it holds no config.json")
+    if (raw.get("_class_name") or "").startswith("UNet"):
+        raise UserError(f"{path} holds a whole UNet, not a motion adapter: sample it with --sft_type full --ckpt_dir {path}")
     motion = {key: tensor for key, tensor in tensors.items() if is_motion(key)}
     if not motion:
         if any(".temporal_transformer." in key for key in tensors):
@@ -105,14 +106,10 @@ def motion_adapter(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return raw, motion
 
 
-def write_component(tensors: Mapping[str, Tensor], source: Path, target: Path) -> int:
+def write_component(tensors: Mapping[str, Tensor], config: Mapping[str, Any], target: Path) -> int:
     """Copies one component into Orbax, arrays in our layout and in their own types; returns how many bytes."""
     target.mkdir(parents=True, exist_ok=True)
-    config = source / "config.json"
-    if config.is_file():
-        shutil.copyfile(config, target / config.name)
-    else:
-        files.save_json({}, target / config.name)
+    files.save_json(config, target / "config.json")
     arrays = {key: files.to_ours(key, tensor.read()) for key, tensor in tensors.items()}
     save_flat(arrays, target / ORBAX)
     return sum(a.nbytes for a in arrays.values())

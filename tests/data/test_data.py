@@ -2,9 +2,12 @@
 
 import logging
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
+from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.data.decode import BadVideo, read_clip, square, window
@@ -39,9 +42,10 @@ def test_csv_formats(folder, tmp_path):
     videoid.write_text("\n".join(["videoid,name", *rows]))
     assert read_records(str(videoid), str(folder)) == plain
     url = tmp_path / "u.csv"
-    url.write_text("videoid,contentUrl,duration,page_dir,name\n" + f'1,https://h/a/b/{plain.names[0]},PT1S,x,"a cat, a dog"\n', "utf-8-sig")
+    row = f'1,https://h/a/b/{plain.names[0]},PT1S,x,"a cat, a dog"\n2,{plain.names[1]},PT1S,x,short\n\n3,,PT1S,x,no file\n'
+    url.write_text("videoid,contentUrl,duration,page_dir,name,note\n" + row, "utf-8-sig")  # no row has a note
     found = read_records(str(url), str(folder))
-    assert (found.names, found.captions) == (plain.names[:1], ["a cat, a dog"])
+    assert (found.names, found.captions) == (plain.names[:2], ["a cat, a dog", "short"])
 
 
 def test_captions_beside_the_videos(folder, tmp_path):
@@ -128,6 +132,34 @@ def test_bad_videos_are_left_out_counted_and_named(folder, tmp_path, caplog):
     assert set(clips.skipped) == {0, 1, 2, 3}
     assert all(name in caplog.text for name in names[:4])
     assert "2 frames" in clips.skipped[3]
+
+
+def test_damage_of_every_kind_is_a_bad_video(folder, tmp_path):
+    """Truncated behind a header in front, garbled frames, a picture with the name of a video."""
+    good = next(folder.glob("*.mp4"))
+    front = tmp_path / "front.mp4"
+    subprocess.run([get_ffmpeg_exe(), "-v", "error", "-i", good, "-c", "copy", "-movflags", "faststart", front], check=True)
+    read_clip(front, lambda n: np.arange(n))
+    whole = front.read_bytes()
+    front.write_bytes(whole[: len(whole) * 2 // 3])
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    (tmp_path / "picture.png").rename(tmp_path / "picture.mp4")
+    subprocess.run([get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", "sine=d=1", tmp_path / "sound.mp4"], check=True)
+    for name in ("front.mp4", "picture.mp4", "sound.mp4"):
+        with pytest.raises(BadVideo):
+            read_clip(tmp_path / name, lambda n: window(n, 16, 1, np.random.default_rng(0)))
+
+
+def test_the_other_reader_gives_the_same_frames(folder, monkeypatch):
+    from anidiff_jax.data import decode
+
+    good = next(folder.glob("*.mp4"))
+    chosen = lambda n: np.array([0, n // 2, n - 1])
+    expected = read_clip(good, chosen)
+    monkeypatch.setattr(decode, "decord", None)
+    np.testing.assert_allclose(read_clip(good, chosen).astype(int), expected, atol=3)
+    with pytest.raises(BadVideo):
+        read_clip(folder / "clips.csv", chosen)
 
 
 def test_a_folder_of_bad_videos_is_an_error_not_a_hang(tmp_path):

@@ -1,5 +1,6 @@
 """What config.json files may say, and what is refused by name."""
 
+import numpy as np
 import pytest
 
 from anidiff_jax.errors import UserError
@@ -17,6 +18,8 @@ from tests import reference
         ("flip_sin_to_cos", False),
         ("down_block_types", ["AttnDownBlock2D", "DownBlock2D"]),
         ("a_key_from_the_future", 3),
+        ("downsample_padding", 0),
+        ("norm_num_groups", 7),
     ],
 )
 def test_a_unet_key_that_changes_the_computation_is_refused_by_name(key, value):
@@ -60,6 +63,20 @@ def test_an_adapter_for_another_model_is_refused():
     other = motion_config({}, shapes(block_out_channels=(16, 64)), 8)
     with pytest.raises(UserError, match="does not fit"):
         unet_config(dict(reference.unet().config), other)
+
+
+def test_attention_is_chosen_by_shape_and_device(monkeypatch):
+    from anidiff_jax.models import attention
+
+    half, full = np.dtype("float16"), np.dtype("float32")
+    assert attention.choose(4096, 4096, 40, full) == "chunked"
+    assert attention.choose(16, 16, 40, half) == "xla"
+    monkeypatch.setattr(attention, "fused_limit", lambda: 256)
+    assert attention.choose(4096, 77, 160, half) == "cudnn"
+    assert attention.choose(1024, 1024, 512, half) == "chunked"  # the VAE's one head is too wide for cuDNN
+    assert attention.choose(4096, 4096, 40, full) == "chunked"
+    monkeypatch.setattr(attention, "fused_limit", lambda: 128)
+    assert attention.choose(1024, 77, 160, half) == "xla"
 
 
 def test_heads_must_divide_channels():

@@ -1,5 +1,7 @@
 """The update: equal to PyTorch's, and the same however many devices and micro-batches share the work."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from anidiff_jax.diffusion.schedule import NoiseSchedule
 from anidiff_jax.parallel import data_parallel, replicate, split_batch
 from anidiff_jax.training import setup
 from anidiff_jax.training.state import TrainState, learning_rate, make_optimizer
-from anidiff_jax.training.step import Task, denoising_loss, encode_clip, make_update
+from anidiff_jax.training.step import Task, denoising_loss, encode_clips, make_update
 from anidiff_jax.weights.files import to_ours
 from anidiff_jax.weights.tree import flatten, is_motion
 from tests import reference
@@ -119,12 +121,25 @@ def test_loss_and_gradients_equal_pytorch(load, batch, base, adapter):
 def test_latents_are_drawn_from_the_posterior(load, batch, base):
     _, task, _, frozen = load("full")
     pixels, key = batch["pixels"][0], jax.random.key(5)
-    ours = jax.jit(lambda pixels, key: encode_clip(task, frozen, pixels, key))(pixels, key)
+    ours = jax.jit(lambda pixels, keys: encode_clips(task, frozen, pixels, keys))(batch["pixels"][:2], jax.random.split(key))[0]
+    key = jax.random.split(key)[0]
     vae = AutoencoderKL.from_pretrained(base / "vae")
     with torch.no_grad():
         posterior = vae.encode(torch.tensor(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
     mean, std = (x.permute(0, 2, 3, 1).numpy() for x in (posterior.mean, posterior.std))
     close(ours, 0.18215 * (mean + std * np.asarray(jax.random.normal(key, mean.shape))))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_adapters_of_half_precision_have_float32_masters(load, batch, dtype):
+    config, task, trained, frozen = load("lora", lora_dtype=dtype, trainable_modules="mid_block.*attn1.to_q", learning_rate=1e-6)
+    assert setup.lora_dtype(config) == {"fp16": "float16", "bf16": "bfloat16"}[dtype]
+    task = replace(task, lora_dtype=setup.lora_dtype(config))
+    _, change, state, metrics = run(task, config, trained, frozen, batch, 1, 1)
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(state.params))
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(change).all()
+    assert np.abs(change).max() > 0  # a step of 1e-6 would be lost in half precision
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"])
@@ -139,3 +154,4 @@ def test_learning_rates_are_those_of_transformers(kind):
         optimizer.step()
         scheduler.step()
     np.testing.assert_allclose(rate, theirs, rtol=1e-5, atol=1e-10)
+    assert learning_rate(config, 1)(0) == pytest.approx(3e-4)  # a run of one update learns

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights.base import load_model
+from anidiff_jax.weights.hub import wanted
 from anidiff_jax.weights.tree import flatten, names_of, unflatten
 from tests import reference
 
@@ -104,6 +105,40 @@ def test_old_names_of_vae_and_text_encoder(copy, base):
     same(weights(load_model(copy)), expected)
 
 
+def test_a_video_unet_brings_its_own_motion_modules(base, adapter, copy):
+    from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+
+    both = UNetMotionModel.from_unet2d(UNet2DConditionModel.from_pretrained(base / "unet"), MotionAdapter.from_pretrained(adapter))
+    shutil.rmtree(copy / "unet")
+    both.save_pretrained(copy / "unet")
+    same(weights(load_model(copy)), weights(load_model(base, adapter)))
+    with pytest.raises(UserError, match="holds a whole UNet"):
+        load_model(base, copy / "unet")
+
+
+def test_a_bare_adapter_file_takes_its_heads_from_the_user(base, adapter):
+    file = adapter / "diffusion_pytorch_model.safetensors"
+    assert load_model(base, file, motion_heads=4).motion.heads == (4, 4)
+    with pytest.raises(UserError, match="conflicts with the motion adapter, which has 2"):
+        load_model(base, adapter, motion_heads=4)
+    with pytest.raises(UserError, match="conflicts with the motion adapter, which has 24"):
+        load_model(base, adapter, motion_frames=32)
+
+
+def test_what_the_hub_is_asked_for():
+    here = ["model_index.json", "v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "README.md", "safety_checker/model.safetensors"]
+    here += ["tokenizer/vocab.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"]
+    here += ["vae/diffusion_pytorch_model.fp16.safetensors"]
+    for variant in ("", ".fp16", ".non_ema"):
+        here += [f"unet/diffusion_pytorch_model{variant}.safetensors", f"unet/diffusion_pytorch_model{variant}.bin"]
+    assert wanted(here) == [
+        "model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.fp16.safetensors",
+    ]  # fmt: skip
+    adapter = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "motion.ckpt"]
+    assert wanted(adapter) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
 def test_what_is_wrong_is_named(copy, adapter, tmp_path):
     def refused(words, base=copy, adapter=None):
         with pytest.raises(UserError) as error:
@@ -132,7 +167,7 @@ def test_what_is_wrong_is_named(copy, adapter, tmp_path):
     refused("does not exist", base=tmp_path / "none")
     (copy / "unet/config.json").write_text(json.dumps(config))
     refused("is not a motion adapter", adapter=tmp_path)
-    refused("holds no motion modules", adapter=copy / "unet")
+    refused("holds no motion modules", adapter=copy / "vae")
     shutil.rmtree(copy / "vae")
     refused("it has no vae/")
 
@@ -144,8 +179,8 @@ import sys
 sys.modules["torch"] = sys.modules["diffusers"] = None
 from anidiff_jax import AnimateDiffPipeline
 pipe = AnimateDiffPipeline.from_pretrained({str(base)!r}, motion_adapter={str(adapter)!r})
-print(pipe.tokenize(["a red circle"]).shape)
+print(pipe("a red circle", num_frames=2, height=16, width=16, num_inference_steps=1).shape)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(1, 77)"
+    assert done.stdout.strip() == "(1, 2, 16, 16, 3)"
