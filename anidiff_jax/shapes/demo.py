@@ -47,7 +47,7 @@ def main() -> None:
         ("for diffusers", adapter),
     ):
         print(f"  {name:15s} {path}")
-    print("The embedded model's weights are random until they are trained, so its video is noise; the line is the real one.")
+    print("The embedded model's weights are random so far, so its video is noise; every step before and after it is the real one.")
 
 
 if __name__ == "__main__":

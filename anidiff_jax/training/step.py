@@ -86,9 +86,12 @@ def make_update(task: Task, optimizer: optax.GradientTransformation) -> Callable
 
     def update(state: TrainState, frozen: dict[str, Tree], batch: dict[str, Any]):
         zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params))
-        add = lambda total, clips: (jax.tree.map(jnp.add, total, gradients(state.params, frozen, clips)), None)
-        total, _ = jax.lax.scan(add, zeros, batch)
         count = batch["index"].shape[0]
+        micro = lambda i: jax.tree.map(lambda x: x[i], batch)
+        add = lambda i, total: jax.tree.map(jnp.add, total, gradients(state.params, frozen, micro(i)))
+        # A loop whose length XLA cannot see: it would undo a loop of one turn, and then keep every layer's activations until
+        # the global norm of the gradients is known.
+        total = jax.lax.fori_loop(0, jax.lax.optimization_barrier(jnp.int32(count)), add, zeros)
         loss, grads = jax.lax.pmean(jax.tree.map(lambda x: x / count, total), AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
