@@ -10,7 +10,6 @@ Every argument: python train.py --help. A run leaves <output_dir>/ad-<time>/{con
 
 import logging
 import math
-from pathlib import Path
 
 from anidiff_jax.config import TrainConfig, parse
 from anidiff_jax.errors import run_script
@@ -65,6 +64,10 @@ def main() -> None:
     model.params = {}  # they live in state and frozen now
     del trained
 
+    # The first batch before the run's folder: a folder of unusable videos ends here.
+    stream = batches(clips, per_update)
+    next_batch = lambda: split_batch(next(stream), config.gradient_accumulation_steps)
+    batch = next_batch()
     run = new_run_folder(config)
     count = sum(x.size for x in jax.tree.leaves(state.params))
     log.info("%s: %s training of %.2fM parameters on %d clips", run, config.sft_type, count / 1e6, len(records))
@@ -72,19 +75,15 @@ def main() -> None:
              config.gradient_accumulation_steps)  # fmt: skip
 
     def sample_and_save(step: int, sample: bool, save: bool) -> None:
-        params, here = on_one_device(state.params), on_one_device(frozen)
+        here, weights = on_one_device(state), on_one_device(frozen)
         if sample:
-            model.params = here
-            unet, lora = (here["unet"], params) if config.sft_type == "lora" else (merge(here["unet"], params), None)
-            trained_pipeline = pipeline.with_weights(unet, lora, task.lora_scale or 1.0)
-            save_samples(trained_pipeline, prompts, config, run / "samples" / f"iter-{step}")
-            model.params = {}
+            lora = here.params if config.sft_type == "lora" else None
+            unet = weights["unet"] if lora else merge(weights["unet"], here.params)
+            now = pipeline.with_weights({**weights, "unet": unet}, lora, lora_scale or 1.0)
+            save_samples(now, prompts, config, run / "samples" / f"iter-{step}")
         if save:
-            log.info("saved %s", save_checkpoint(run, on_one_device(state), here["unet"], model, config))
+            log.info("saved %s", save_checkpoint(run, here, weights["unet"], model, config))
 
-    stream = batches(clips, per_update)
-    next_batch = lambda: split_batch(next(stream), config.gradient_accumulation_steps)
-    batch = next_batch()
     save_sanity_check(batch, records, run / "sanity_check")
     with Report(run, config, updates, per_update) as report:
         for step in range(1, updates + 1):
@@ -103,7 +102,7 @@ def main() -> None:
         sample_and_save(0, True, True)
     if clips.skipped:
         log.warning("%d of %d videos could not be used", len(clips.skipped), len(records))
-    print(Path(run) / "checkpoints" / f"iter-{updates}")
+    print(run / "checkpoints" / f"iter-{updates}")
 
 
 if __name__ == "__main__":

@@ -223,9 +223,8 @@ class AnimateDiffPipeline:
             videos.append(decode(networks.vae, params["vae"], x[0]))
         return np.stack([np.asarray(video) for video in videos])
 
-    def with_weights(self, unet: Tree, lora: Tree | None, lora_scale: float) -> "AnimateDiffPipeline":
-        """The same pipeline with other weights in its UNet; nothing is compiled anew."""
-        params = {**self.model.params, "unet": unet}
+    def with_weights(self, params: dict[str, Tree], lora: Tree | None, lora_scale: float) -> "AnimateDiffPipeline":
+        """The same pipeline with other weights; nothing is compiled anew."""
         return AnimateDiffPipeline(replace(self.model, params=params), self.schedule, lora, lora_scale, self.defaults)
 
 

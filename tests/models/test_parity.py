@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import UNetMotionModel
 
+from anidiff_jax.models import layers
 from anidiff_jax.models.clip import CLIPTextModel
 from anidiff_jax.models.config import clip_config, motion_config, unet_config, vae_config
 from anidiff_jax.models.init import draw, shapes
@@ -89,7 +90,10 @@ def test_unet_without_motion():
 
 
 @pytest.mark.parametrize("settings", [{}, {"attention": "chunked", "remat": True}], ids=["plain", "chunked and remat"])
-def test_gradients_of_every_motion_parameter(settings):
+def test_gradients_of_every_motion_parameter(settings, monkeypatch):
+    if settings:
+        monkeypatch.setattr(layers, "ROWS_AT_ONCE", 24)  # everything in chunks, as arrays of full size are on a CPU
+        monkeypatch.setattr(layers, "WIDE", 1)
     theirs, network, params = build(reference.unet(), reference.adapter(), **settings)
     x = inputs(2, 5, 6, 8)
     weights = np.random.default_rng(9).standard_normal(x[0].shape, np.float32)
