@@ -30,15 +30,7 @@ def main() -> None:
     set_up_jax()
     folder = Path(config.output_path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before anything is computed
-    settings = {
-        "negative_prompt": config.negative_prompt,
-        "num_frames": config.sample_n_frames,
-        "height": config.sample_size,
-        "width": config.sample_size,
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-        "seed": config.seed,
-    }
+    settings = {"negative_prompt": config.negative_prompt, **config.sampling()}
     pipeline = load(config)
     sources = {name: getattr(config, name) for name in ("model_id_or_path", "motion_adapter_id_or_path", "ckpt_dir")}
     recipe = {**settings, "stride": config.sample_stride, **asdict(pipeline.schedule), "dtype": pipeline.dtype, **sources}

@@ -73,6 +73,17 @@ class _Shared:
 
         return NoiseSchedule(**{name: getattr(self, name) for name in NoiseSchedule.names() if hasattr(self, name)})
 
+    def sampling(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call that these say."""
+        return {
+            "num_frames": self.sample_n_frames,
+            "height": self.sample_size,
+            "width": self.sample_size,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed,
+        }
+
     def said(self, name: str):
         """The value of an argument that the user gave, else None."""
         return getattr(self, name) if name in self.given else None

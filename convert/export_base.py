@@ -27,11 +27,7 @@ def main() -> None:
             shutil.copyfile(source / part / "config.json", out / part / "config.json")
             tensors = {key: files.to_ours(key, t.read()) for key, t in store.tensors_in(source / part, stem).items()}
             files.save(tensors, out / part / f"{stem}.safetensors")
-        for name in ("tokenizer", "scheduler"):
-            if (source / name).is_dir():
-                shutil.copytree(source / name, out / name)
-        if (source / "model_index.json").is_file():
-            shutil.copyfile(source / "model_index.json", out / "model_index.json")
+        store.copy_rest(source, out)
         if args.verify:
             from anidiff_jax.weights.verify import verify
 

@@ -6,7 +6,6 @@ The result is taken wherever --model_id_or_path is; convert/export_base.py write
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 from anidiff_jax.errors import run_script
@@ -29,11 +28,7 @@ def main() -> None:
     with files.written_whole(args.output) as out:
         for part, stem in store.STEMS.items():
             size += store.write_component(store.tensors_in(source / part, stem), files.read_json(source / part / "config.json"), out / part)
-        for name in ("tokenizer", "scheduler"):
-            if (source / name).is_dir():
-                shutil.copytree(source / name, out / name)
-        if (source / "model_index.json").is_file():
-            shutil.copyfile(source / "model_index.json", out / "model_index.json")
+        store.copy_rest(source, out)
         if args.verify:
             from anidiff_jax.weights.verify import verify
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,14 +23,7 @@ def save_sanity_check(batch: Mapping[str, np.ndarray], records: Records, folder:
 
 def save_samples(pipeline: AnimateDiffPipeline, prompts: Sequence[str], config: TrainConfig, folder: Path) -> None:
     """A GIF for each prompt, with the run's seed."""
-    settings: dict[str, Any] = {
-        "num_frames": config.sample_n_frames,
-        "height": config.sample_size,
-        "width": config.sample_size,
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-        "seed": config.seed,
-    }
+    settings = config.sampling()
     for prompt in prompts:
         (video,) = pipeline(prompt, **settings)
         save_gif(video, free_path(folder, prompt, config.seed), FPS, {"prompt": prompt, **settings})

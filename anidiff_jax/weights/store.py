@@ -1,6 +1,7 @@
 """What lies in a folder: diffusers layout with safetensors, or the same layout with Orbax arrays as convert/import_*.py write it."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,6 +114,15 @@ def write_component(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ta
     arrays = {key: files.to_ours(key, tensor.read()) for key, tensor in tensors.items()}
     save_flat(arrays, target / ORBAX)
     return sum(a.nbytes for a in arrays.values())
+
+
+def copy_rest(source: Path, target: Path) -> None:
+    """Copies what a base model's folder holds besides its networks: tokenizer, scheduler, index."""
+    for name in ("tokenizer", "scheduler"):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+    if (source / "model_index.json").is_file():
+        shutil.copyfile(source / "model_index.json", target / "model_index.json")
 
 
 def must_not_exist(path: Path) -> None:
