@@ -38,16 +38,7 @@ class Settings:
 DECLARED = nn.initializers.zeros  # modules declare shapes; `init.draw` says what fresh parameters are
 
 
-ROWS_AT_ONCE = 1024  # of a matrix product on a CPU, so that what one layer writes is in the cache when the next one reads it
-WIDE = 640  # channels from which a convolution gains by it too
-
-
-def in_chunks(function, x, size: int):
-    """function(x), on a CPU for `size` entries of the leading axis at a time, where that divides them."""
-    if jax.default_backend() != "cpu" or x.shape[0] <= size or x.shape[0] % size:
-        return function(x)
-    y = jax.lax.map(function, x.reshape(-1, size, *x.shape[1:]))
-    return y.reshape(-1, *y.shape[2:])
+ROWS_AT_ONCE = 1024  # of the feed-forward on a CPU, so that its eightfold width stays in the cache
 
 
 class Dense(nn.Module):
@@ -65,9 +56,7 @@ class Dense(nn.Module):
         s, dtype = self.settings, jnp.dtype(self.settings.dtype)
         weight = self.param("weight", DECLARED, (x.shape[-1], self.features))
         x = x.astype(dtype)
-        rows, weight = x.reshape(-1, x.shape[-1]), weight.astype(dtype)
-        y = in_chunks(lambda rows: jnp.matmul(rows, weight, precision=s.precision), rows, ROWS_AT_ONCE)
-        y = y.reshape(*x.shape[:-1], self.features)
+        y = jnp.matmul(x, weight.astype(dtype), precision=s.precision)
         if self.use_bias:
             y = y + self.param("bias", DECLARED, (self.features,)).astype(dtype)
         if self.has_variable("lora", "lora_A"):
@@ -96,17 +85,14 @@ class Conv(nn.Module):
         side = (self.kernel - 1) // 2
         weight = self.param("weight", DECLARED, (self.kernel, self.kernel, x.shape[-1], self.features))
         bias = self.param("bias", DECLARED, (self.features,))
-        convolve = lambda images: jax.lax.conv_general_dilated(
-            images,
+        y = jax.lax.conv_general_dilated(
+            x.reshape(-1, *x.shape[-3:]).astype(dtype),  # ... h w c -> (...) h w c
             weight.astype(dtype),
             window_strides=(self.stride, self.stride),
             padding=self.padding or ((side, side), (side, side)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=self.settings.precision,
         )
-        images = x.reshape(-1, *x.shape[-3:]).astype(dtype)  # ... h w c -> (...) h w c
-        at_once = max(1, 4 * ROWS_AT_ONCE // (x.shape[-3] * x.shape[-2])) if x.shape[-1] >= WIDE else len(images)
-        y = in_chunks(convolve, images, at_once)
         return (y + bias.astype(dtype)).reshape(*x.shape[:-3], *y.shape[-3:])
 
 

@@ -92,8 +92,7 @@ def test_unet_without_motion():
 @pytest.mark.parametrize("settings", [{}, {"attention": "chunked", "remat": True}], ids=["plain", "chunked and remat"])
 def test_gradients_of_every_motion_parameter(settings, monkeypatch):
     if settings:
-        monkeypatch.setattr(layers, "ROWS_AT_ONCE", 24)  # everything in chunks, as arrays of full size are on a CPU
-        monkeypatch.setattr(layers, "WIDE", 1)
+        monkeypatch.setattr(layers, "ROWS_AT_ONCE", 24)  # the feed-forward in chunks, as arrays of full size are on a CPU
     theirs, network, params = build(reference.unet(), reference.adapter(), **settings)
     x = inputs(2, 5, 6, 8)
     weights = np.random.default_rng(9).standard_normal(x[0].shape, np.float32)
