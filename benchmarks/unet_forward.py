@@ -112,8 +112,11 @@ def run_ours(args) -> dict:
     import jax.numpy as jnp
 
     from anidiff_jax.models.layers import Settings
+    from anidiff_jax.parallel import set_up_jax
     from anidiff_jax.weights.base import load_model
 
+    set_up_jax()
+    jax.config.update("jax_enable_compilation_cache", False)
     idle, start = peak_gb(), time.perf_counter()
     model = load_model(MODEL, MODEL / "motion_adapter", settings=Settings(dtype=args.dtype), dtype=args.dtype)
     loaded = {"load_seconds": time.perf_counter() - start, "load_peak_gb": peak_gb() - idle}

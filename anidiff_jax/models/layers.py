@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from anidiff_jax.models.attention import attend
+from anidiff_jax.models.convolution import convolve
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,9 @@ class Conv(nn.Module):
         side = (self.kernel - 1) // 2
         weight = self.param("weight", DECLARED, (self.kernel, self.kernel, x.shape[-1], self.features))
         bias = self.param("bias", DECLARED, (self.features,))
-        y = jax.lax.conv_general_dilated(
-            x.reshape(-1, *x.shape[-3:]).astype(dtype),  # ... h w c -> (...) h w c
-            weight.astype(dtype),
-            window_strides=(self.stride, self.stride),
-            padding=self.padding or ((side, side), (side, side)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=self.settings.precision,
-        )
+        padding = self.padding or ((side, side), (side, side))
+        frames = x.reshape(-1, *x.shape[-3:]).astype(dtype)  # ... h w c -> (...) h w c
+        y = convolve(frames, weight.astype(dtype), self.stride, padding, self.settings.precision)
         return (y + bias.astype(dtype)).reshape(*x.shape[:-3], *y.shape[-3:])
 
 
