@@ -46,7 +46,7 @@ def main() -> None:
     trained, frozen = setup.split_params(config, model)
     schedule = config.noise().for_base(model.scheduler)
     lora_scale = config.lora_alpha / config.lora_rank if config.sft_type == "lora" else None
-    task = Task(model.networks, schedule, config.seed, lora_scale, setup.lora_dtype(config))
+    task = Task(model.networks, schedule, config.seed, lora_scale, setup.lora_dtype(config), config.loss_weighting)
     pipeline = AnimateDiffPipeline(model, schedule)
     clips = Clips(records, config, lambda caption: pipeline.tokenize([caption])[0])
 
@@ -74,15 +74,17 @@ def main() -> None:
     log.info("%d updates of %d clips: %d devices × batch %d × %d micro-batches", updates, per_update, devices, config.batch_size,
              config.gradient_accumulation_steps)  # fmt: skip
 
-    def sample_and_save(step: int, sample: bool, save: bool) -> None:
+    def sample_and_save(step: int, sample: bool, save: bool) -> dict[str, float]:
+        scores = {}
         here, weights = on_one_device(state), on_one_device(frozen)
         if sample:
             lora = here.params if config.sft_type == "lora" else None
             unet = weights["unet"] if lora else merge(weights["unet"], here.params)
             now = pipeline.with_weights({**weights, "unet": unet}, lora, lora_scale or 1.0)
-            save_samples(now, prompts, config, run / "samples" / f"iter-{step}")
+            scores = save_samples(now, prompts, config, run / "samples" / f"iter-{step}")
         if save:
             log.info("saved %s", save_checkpoint(run, here, weights["unet"], model, config))
+        return scores
 
     save_sanity_check(batch, records, run / "sanity_check")
     with Report(run, config, updates, per_update) as report:
@@ -96,8 +98,7 @@ def main() -> None:
             sample = last or step % config.eval_steps == 0
             save = last or step % (config.save_steps or config.eval_steps) == 0
             if sample or save:
-                sample_and_save(step, sample, save)
-                report.pause()
+                report.scores(step, sample_and_save(step, sample, save))
     if updates == 0:
         sample_and_save(0, True, True)
     if clips.skipped:

@@ -17,7 +17,14 @@ from anidiff_jax.errors import UserError, read_text
 log = logging.getLogger(__name__)
 
 # What an argument that is not given becomes when no model is given either, and the embedded one is taken.
-EMBEDDED_DEFAULTS: dict[str, Any] = {"sample_size": 64, "sample_stride": 1, "guidance_scale": 5.0, "num_train_epochs": 20}
+EMBEDDED_DEFAULTS: dict[str, Any] = {
+    "sample_size": 64,
+    "sample_stride": 1,
+    "sample_n_frames": 8,
+    "guidance_scale": 5.0,
+    "num_train_epochs": 20,
+    "loss_weighting": "inverse_snr",
+}
 EMBEDDED_PROMPTS = Path(__file__).parent / "shapes" / "validation.txt"
 PROMPTS = Path(__file__).parent / "validation.txt"
 
@@ -134,6 +141,9 @@ class TrainConfig(_Shared):
     )
     warmup_ratio: float = arg(0.05, "share of the updates over which the learning rate rises (constant: none)")
     weight_decay: float = arg(0.01, "AdamW's decoupled weight decay")
+    loss_weighting: Literal["none", "min_snr", "inverse_snr"] = arg(
+        "none", "weight of a clip's loss by its noise; inverse_snr looks at high noise, where motion is decided"
+    )
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this global norm")
     lora_rank: int = arg(8, "rank of the adapters")
     lora_alpha: int = arg(32, "adapters are multiplied by lora_alpha / lora_rank")

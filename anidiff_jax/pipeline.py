@@ -87,7 +87,7 @@ class AnimateDiffPipeline:
         self.lora = lora or {}
         self.lora_scale = lora_scale
         self._told_of_cut = False
-        self.defaults = {"sample_size": 256, "guidance_scale": 8.0, **(defaults or {})}
+        self.defaults = {"sample_size": 256, "sample_n_frames": 16, "guidance_scale": 8.0, **(defaults or {})}
 
     @classmethod
     def from_pretrained(
@@ -181,7 +181,7 @@ class AnimateDiffPipeline:
         prompt: str | Sequence[str],
         negative_prompt: str = "",
         *,
-        num_frames: int = 16,
+        num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 25,
@@ -192,6 +192,7 @@ class AnimateDiffPipeline:
     ) -> np.ndarray:
         """Samples a video for each prompt → float32 (prompts, frames, height, width, 3) in [0, 1].
 
+        num_frames: 16 (the embedded model 8) where it is not given.
         height, width: pixels, multiples of the VAE's factor (8 for Stable Diffusion); guidance_scale ≤ 1 skips guidance and
         half of the cost. A video depends on its prompt and the seed only, not on its neighbours in the list.
         latents: the noise to start from, (prompts, channels, frames, h, w) as diffusers has it, instead of the seed's.
@@ -199,6 +200,7 @@ class AnimateDiffPipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         networks, params = self.model.networks, self.model.params
+        num_frames = self.defaults["sample_n_frames"] if num_frames is None else num_frames
         height, width = height or self.defaults["sample_size"], width or self.defaults["sample_size"]
         guidance_scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         if scheduler != "ddim":

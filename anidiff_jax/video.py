@@ -18,7 +18,7 @@ def to_uint8(frames) -> np.ndarray:
     return frames if frames.dtype == np.uint8 else np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
 
 
-def save_gif(frames, path: Path, fps: float = 8, settings: Mapping[str, Any] | None = None) -> None:
+def save_gif(frames, path: Path, fps: float = 8, settings: Mapping[str, Any] | None = None, replace: bool = False) -> None:
     """Writes an endless GIF of (f, h, w, 3) frames, uint8 or in [0, 1], with one palette made from the whole video.
 
     A palette a frame makes flat areas flicker. `settings` go into the file as a JSON comment. GIF knows hundredths of a
@@ -32,7 +32,7 @@ def save_gif(frames, path: Path, fps: float = 8, settings: Mapping[str, Any] | N
     options: dict[str, Any] = {"duration": [int(t) * 10 for t in np.diff(ticks)], "loop": 0, "disposal": 1}
     if settings:
         options["comment"] = json.dumps(dict(settings), ensure_ascii=False).encode()
-    with _aside(path) as part:
+    with written_aside(path, replace) as part:
         images[0].save(part, "GIF", save_all=True, append_images=images[1:], **options)
 
 
@@ -45,11 +45,11 @@ def save_mp4(frames, path: Path, fps: float = 8) -> None:
     os.replace(part, path)
 
 
-class _aside:
-    """Gives a temporary file beside `path`, and moves it there when all went well; an existing file is never replaced."""
+class written_aside:
+    """Gives a temporary file beside `path`, and moves it there when all went well; an existing file is replaced only if so asked."""
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    def __init__(self, path: Path, replace: bool = False):
+        self.path, self.replace = Path(path), replace
 
     def __enter__(self) -> Path:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ class _aside:
     def __exit__(self, kind, error, trace):
         try:
             if kind is None:
-                self.path.touch(exist_ok=False)  # takes the name, or fails where it is taken
+                self.path.touch(exist_ok=self.replace)  # takes the name, or fails where it is taken
                 os.replace(self.part, self.path)
         finally:
             self.part.unlink(missing_ok=True)

@@ -66,8 +66,14 @@ def test_the_four_commands(script, base, adapter, clips, tmp_path):
     run = checkpoint.parent.parent
     assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "sanity_check", "samples", "checkpoints"}
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log] == [1, 2]
-    assert all(entry["learning_rate"] == pytest.approx(1e-4) and 0 < entry["loss"] < 10 for entry in log)
+    *updates, scores = log
+    assert [entry["step"] for entry in log] == [1, 2, 2]
+    assert all(entry["learning_rate"] == pytest.approx(1e-4) and 0 < entry["loss"] < 10 for entry in updates)
+    assert 0 < scores["temporal_flicker"] < 1
+    assert 0 < scores["motion_degree"] < 1
+    samples = run / "samples" / "iter-2"
+    assert json.loads((samples / "scores.json").read_text())["prompts"].keys() == {"a red circle", "a blue star moving up"}
+    assert Image.open(samples / "sheet.png").size[0] >= 4 * 16
     assert len(list((run / "samples" / "iter-2").glob("*.gif"))) == 2
     assert Image.open(next((run / "sanity_check").glob("*.gif"))).n_frames == 4
     # diffusers opens the checkpoint; its motion modules have moved away from zero, and no frozen weight is in it.

@@ -7,11 +7,12 @@ import pytest
 from PIL import Image, ImageSequence
 
 from anidiff_jax.shapes.render import Scene, render
+from anidiff_jax.sheets import contact_sheet, grid_gif
 from anidiff_jax.video import free_path, save_gif, to_uint8
 
 
 def test_gif_keeps_colours_length_and_settings(tmp_path):
-    frames = render(Scene("circle", "blue", "white", 0.5, 0.5, 0.2, "up"), 16, 64)
+    frames = render(Scene("circle", "blue", "white", size=0.2, velocity=(0.0, -0.02)), 16, 64)
     save_gif(frames / 255.0, tmp_path / "a.gif", 8, {"prompt": "ein Kreis, größer", "seed": 3})
     image = Image.open(tmp_path / "a.gif")
     assert json.loads(image.info["comment"]) == {"prompt": "ein Kreis, größer", "seed": 3}
@@ -39,3 +40,24 @@ def test_files_are_never_replaced(tmp_path):
 
 def test_rounding_not_truncation():
     np.testing.assert_array_equal(to_uint8(np.array([[[[0.0, 0.999, 1.2]]]])), [[[[0, 255, 255]]]])
+
+
+def test_sheet_and_grid_show_every_video(tmp_path):
+    videos = np.zeros((3, 5, 16, 16, 3), np.uint8)
+    videos[0, :, ..., 0] = videos[1, :, ..., 1] = videos[2, :, ..., 2] = 255
+    videos[:, np.arange(5), 0, np.arange(5)] = 128  # equal frames would become one
+    contact_sheet(videos, ["red", "grün", "blue " * 50], tmp_path / "sheet.png", most_frames=4)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    height = len(sheet) // 3
+    for i in range(3):
+        row = sheet[i * height : (i + 1) * height]
+        assert ((row == videos[i, 0, 9, 9]).all(-1)).sum() == 4 * (16 * 16 - 1)
+    grid_gif(videos, tmp_path / "grid.gif", columns=2)
+    gif = Image.open(tmp_path / "grid.gif")
+    assert gif.n_frames == 5
+    assert gif.size == (2 * 18, 2 * 18)
+    picture = np.asarray(gif.convert("RGB"))
+    assert [tuple(picture[y, x]) for y, x in ((10, 10), (10, 28), (28, 10), (28, 28))] == [
+        (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+    ]  # fmt: skip
+    grid_gif(videos, tmp_path / "grid.gif")  # may be written again

@@ -68,3 +68,21 @@ def target(schedule: NoiseSchedule, x0, noise, timestep):
         return noise
     alpha = jnp.asarray(schedule.alphas_cumprod())[timestep]
     return jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0
+
+
+def loss_weight(schedule: NoiseSchedule, timestep, weighting: str):
+    """Factor of one clip's squared error. SNR is ᾱ / (1 - ᾱ); the error of the clean latents is that of the noise divided by it.
+
+    none         1: as AnimateDiff was trained
+    min_snr      SNR held below 5, on the clean latents' error (Hang et al., 2023, arXiv:2303.09556): 1 at high noise
+    inverse_snr  1 / SNR held between 0.1 and 10, on the noise's error: the clean latents' error but for both ends. Whether a
+                 thing moves, and where, is decided at high noise, where the noise's own error hardly shows it
+    """
+    alpha = jnp.asarray(schedule.alphas_cumprod())[timestep]
+    snr = alpha / (1 - alpha)
+    noise_weight = {
+        "none": jnp.ones_like(snr) if schedule.prediction_type == "epsilon" else (snr + 1) / snr,
+        "min_snr": jnp.minimum(snr, 5) / snr,
+        "inverse_snr": jnp.clip(1 / snr, 0.1, 10),
+    }[weighting]
+    return noise_weight if schedule.prediction_type == "epsilon" else noise_weight * snr / (snr + 1)

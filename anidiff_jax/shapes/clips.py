@@ -5,30 +5,40 @@ python -m anidiff_jax.shapes.clips --output demo/clips --count 50 --motion right
 
 import argparse
 import csv
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count as counting
 from pathlib import Path
 
 import numpy as np
 
-from anidiff_jax.shapes.render import DIRECTIONS, random_scene, render
+from anidiff_jax.shapes.render import HELD_OUT_MOTIONS, MOTIONS, Scene, held_out, random_scene, render
 from anidiff_jax.video import save_mp4
 
 SIDE, FRAMES, FPS = 64, 24, 8
 
 
-def write_clips(folder: Path, count: int, seed: int = 0, motion: str | None = "any") -> Path:
+def scenes(seed: int, motion: str = "own", unseen: bool = False) -> Iterator[tuple[Scene, str]]:
+    """Endless (scene, caption), the same for the same seed; `unseen`: only combinations that training never shows, else only others."""
+    for i in counting():
+        rng = np.random.default_rng((seed, i))
+        scene = random_scene(rng, motion)
+        if held_out(scene) == unseen:
+            yield scene, scene.caption(int(rng.integers(1 << 30)))
+
+
+def write_clips(folder: Path, count: int, seed: int = 0, motion: str = "own") -> Path:
     """Renders `count` clips into `folder`, and a csv, whose path it returns. The same seed gives the same clips."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i in range(count):
-        scene = random_scene(np.random.default_rng((seed, i)), motion)
-        name = f"{i:05d}-{scene.color}-{scene.shape}.mp4"
-        save_mp4(render(scene, FRAMES, SIDE), folder / name, FPS)
-        rows.append((scene.caption(), name))
+    chosen = [next_scene for _, next_scene in zip(range(count), scenes(seed, motion), strict=False)]
+    names = [f"{i:05d}-{scene.color}-{scene.thing}.mp4" for i, (scene, _) in enumerate(chosen)]
+    with ThreadPoolExecutor(2) as pool:  # ffmpeg works in a process of its own
+        list(pool.map(lambda name, item: save_mp4(render(item[0], FRAMES, SIDE), folder / name, FPS), names, chosen))
     path = folder / "clips.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("name", "contentUrl"))
-        writer.writerows(rows)
+        writer.writerows((caption, name) for name, (_, caption) in zip(names, chosen, strict=True))
     return path
 
 
@@ -37,7 +47,8 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True, help="folder for the mp4 files and clips.csv")
     parser.add_argument("--count", type=int, default=50, help="number of clips")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--motion", choices=[*DIRECTIONS, "any", "still"], default="any", help="the motion of all clips")
+    parser.add_argument(
+        "--motion", choices=["own", *MOTIONS, *HELD_OUT_MOTIONS], default="own", help="of all clips; own = as the shipped adapter learnt it"
+    )
     args = parser.parse_args()
-    motion = None if args.motion == "still" else args.motion
-    print(write_clips(args.output, args.count, args.seed, motion))
+    print(write_clips(args.output, args.count, args.seed, args.motion))

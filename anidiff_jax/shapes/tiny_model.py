@@ -1,44 +1,45 @@
-"""Writes a tiny Stable Diffusion model and motion adapter in diffusers layout, with freshly drawn weights.
+"""The embedded model in diffusers layout: its configuration, its parts freshly drawn, and how they are put together. `build` trains it."""
 
-python -m anidiff_jax.shapes.tiny_model --output anidiff_jax/shapes/model
-"""
-
-import argparse
+import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from anidiff_jax.models.clip import CLIPTextModel
 from anidiff_jax.models.config import clip_config, fresh_motion_config, unet_config, vae_config
 from anidiff_jax.models.init import draw, shapes
 from anidiff_jax.models.unet import UNet
 from anidiff_jax.models.vae import AutoencoderKL
-from anidiff_jax.shapes.render import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES
+from anidiff_jax.shapes.render import BACKGROUNDS, COLORS, DIRECTIONS, HELD_OUT_WORDINGS, THINGS, VERBS, WORDINGS
 from anidiff_jax.shapes.tokenizer import write_tokenizer
 from anidiff_jax.weights import files
-from anidiff_jax.weights.tree import flatten, is_motion, split
+from anidiff_jax.weights.tree import is_motion, split
 
-WORDS = [*COLORS, *SHAPES, *BACKGROUNDS, *DIRECTIONS, "a", "on", "an", "the", "background", "moving"]
+_NAMES = " ".join([*COLORS, *THINGS, *BACKGROUNDS, *DIRECTIONS, *VERBS.values(), *WORDINGS, *HELD_OUT_WORDINGS])
+WORDS = [*dict.fromkeys(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", " ", _NAMES))), "an", "moving", "growing", "shrinking", "still"]
 UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
-    "attention_head_dim": 4,
-    "block_out_channels": [32, 48],
-    "cross_attention_dim": 32,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "attention_head_dim": 4,  # diffusers' misnomer: the number of heads
+    "block_out_channels": [32, 96, 96],
+    "cross_attention_dim": 64,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "in_channels": 4,
     "layers_per_block": 1,
     "norm_num_groups": 8,
     "out_channels": 4,
     "sample_size": 16,
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
 }
 VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
-    "block_out_channels": [16, 24, 32],
+    "block_out_channels": [16, 32, 48],
     "down_block_types": ["DownEncoderBlock2D"] * 3,
     "in_channels": 3,
     "latent_channels": 4,
@@ -46,14 +47,14 @@ VAE: dict[str, Any] = {
     "norm_num_groups": 8,
     "out_channels": 3,
     "sample_size": 64,
-    "scaling_factor": 0.18215,
+    "scaling_factor": 1.0,  # the latents' mean and deviation are folded into the weights
     "up_block_types": ["UpDecoderBlock2D"] * 3,
 }
 TEXT: dict[str, Any] = {
     "architectures": ["CLIPTextModel"],
     "hidden_act": "quick_gelu",
-    "hidden_size": 32,
-    "intermediate_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 256,
     "max_position_embeddings": 77,
     "model_type": "clip_text_model",
     "num_attention_heads": 4,
@@ -82,39 +83,78 @@ INDEX = {
 }
 
 
-def write_tiny_model(folder: Path, seed: int = 0) -> None:
-    """Writes the base model into `folder` and its motion adapter into `folder`/motion_adapter; weights in float16."""
-    with files.written_whole(folder) as out:
-        size = write_tokenizer(out / "tokenizer", WORDS)
-        text = {**TEXT, "vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
-        motion = fresh_motion_config(UNET, heads=4, max_frames=32)
-        parts = {
-            "text_encoder": (CLIPTextModel(clip_config(text)), text, "model"),
-            "vae": (AutoencoderKL(vae_config(VAE)), VAE, "diffusion_pytorch_model"),
-            "unet": (UNet(unet_config(UNET, motion)), UNET, "diffusion_pytorch_model"),
-        }
-        for name, (network, config, stem) in parts.items():
-            motion_params, params = split(draw(shapes(network), seed), is_motion)
-            write_part(params, config, out / name, stem)
-        rng = np.random.default_rng(seed)
-        lively = lambda x: 0.1 * rng.standard_normal(x.shape, np.float32)  # a trained adapter's last projections are not zero
-        motion_params = {k: lively(v) if k.endswith("proj_out.weight") else v for k, v in flatten(motion_params).items()}
-        write_part(motion_params, motion.to_json(), out / "motion_adapter", "diffusion_pytorch_model")
-        (out / "scheduler").mkdir()
-        files.save_json(SCHEDULER, out / "scheduler" / "scheduler_config.json")
-        files.save_json(INDEX, out / "model_index.json")
+HEADS, MAX_FRAMES = 4, 32  # of the motion modules
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
-def write_part(params, config: dict[str, Any], folder: Path, stem: str) -> None:
+def tokenizer_folder() -> Path:
+    """The tokenizer's files, written once a process into a temporary folder."""
+    global _TOKENIZER
+    if _TOKENIZER is None:
+        _TOKENIZER = tempfile.TemporaryDirectory()
+        write_tokenizer(Path(_TOKENIZER.name), WORDS)
+    return Path(_TOKENIZER.name)
+
+
+_TOKENIZER: tempfile.TemporaryDirectory | None = None
+
+
+def text_config() -> dict[str, Any]:
+    size = len(files.read_json(tokenizer_folder() / "vocab.json"))
+    return {**TEXT, "vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
+
+
+def motion_config():
+    return fresh_motion_config(UNET, heads=HEADS, max_frames=MAX_FRAMES)
+
+
+def fresh_part(name: str, seed: int):
+    """Freshly drawn parameters of one of unet (without motion modules), vae, text_encoder, motion_adapter."""
+    if name in ("unet", "motion_adapter"):
+        motion, image = split(draw(shapes(UNet(unet_config(UNET, motion_config()))), seed), is_motion)
+        return image if name == "unet" else motion
+    network = AutoencoderKL(vae_config(VAE)) if name == "vae" else CLIPTextModel(clip_config(text_config()))
+    return draw(shapes(network), seed)
+
+
+def write_base(folder: Path, text_encoder: Path, vae: Path, unet: Path) -> None:
+    """Fills `folder` with a whole Stable Diffusion model, made of these three parts, each a folder as `write_part` leaves it."""
+    for name, source in (("text_encoder", text_encoder), ("vae", vae), ("unet", unet)):
+        (folder / name).mkdir()
+        for file in ("config.json", f"{STEMS[name]}.safetensors"):
+            shutil.copyfile(source / file, folder / name / file)
+    shutil.copytree(tokenizer_folder(), folder / "tokenizer")
+    (folder / "scheduler").mkdir()
+    files.save_json(SCHEDULER, folder / "scheduler" / "scheduler_config.json")
+    files.save_json(INDEX, folder / "model_index.json")
+
+
+def write_part(params, config: dict[str, Any], folder: Path, stem: str, dtype: str = "float16") -> None:
     folder.mkdir(exist_ok=True)
     files.save_json(config, folder / "config.json")
-    files.save(jax.tree.map(lambda x: x.astype("float16"), params), folder / f"{stem}.safetensors")
+    files.save(jax.tree.map(lambda x: np.asarray(x).astype(dtype), params), folder / f"{stem}.safetensors")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    write_tiny_model(args.output, args.seed)
-    print(args.output)
+def pack(output: Path, base: Path, adapter: Path | None) -> None:
+    """The base and its adapter (none: a fresh one that adds nothing) as they ship, in float16, at `output`, which is replaced."""
+    part = output.with_name(f".{output.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(base, part, ignore=shutil.ignore_patterns("*.safetensors", "stage.json"))
+    for name, stem in STEMS.items():
+        _save_half(base / name / f"{stem}.safetensors", part / name / f"{stem}.safetensors")
+    if adapter is None:
+        write_part(fresh_part("motion_adapter", 0), motion_config().to_json(), part / "motion_adapter", STEMS["unet"])
+    else:
+        (part / "motion_adapter").mkdir()
+        shutil.copyfile(adapter / "config.json", part / "motion_adapter" / "config.json")
+        _save_half(adapter / f"{STEMS['unet']}.safetensors", part / "motion_adapter" / f"{STEMS['unet']}.safetensors")
+    for kept in ("README.md",):
+        if (output / kept).exists():
+            shutil.copyfile(output / kept, part / kept)
+    shutil.rmtree(output, ignore_errors=True)
+    part.rename(output)
+
+
+def _save_half(source: Path, target: Path) -> None:
+    """A copy of a safetensors file in float16."""
+    save_file({name: x.astype(np.float16) for name, x in load_file(source).items()}, target, metadata={"format": "pt"})

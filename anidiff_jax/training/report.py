@@ -17,6 +17,7 @@ from anidiff_jax.errors import UserError
 from anidiff_jax.weights.files import save_json
 
 console = Console(stderr=True)
+log = logging.getLogger(__name__)
 
 
 def start_log() -> None:
@@ -91,8 +92,11 @@ class Report:
         if self.wandb is not None:
             self.wandb.log(entry, step=entry["step"])
 
-    def pause(self) -> None:
-        """Leaves out of the clock what came since the last update (samples, checkpoints)."""
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        """Reports the scores of validation videos, if any, and leaves out of the clock what came since the last update."""
+        if scores:
+            self.write({"step": step, **{name: round(value, 4) for name, value in scores.items()}})
+            log.info("samples at update %d: %s", step, ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items()))
         self.clock = time.perf_counter()
 
 

@@ -8,7 +8,10 @@ import numpy as np
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.data.records import Records
 from anidiff_jax.pipeline import AnimateDiffPipeline
+from anidiff_jax.scores import general_scores
+from anidiff_jax.sheets import contact_sheet
 from anidiff_jax.video import free_path, save_gif, slug
+from anidiff_jax.weights.files import save_json
 
 FPS = 8
 
@@ -21,9 +24,13 @@ def save_sanity_check(batch: Mapping[str, np.ndarray], records: Records, folder:
         save_gif(pixels, folder / f"{i}-{slug(caption)}.gif", FPS, {"caption": caption, "video": name})
 
 
-def save_samples(pipeline: AnimateDiffPipeline, prompts: Sequence[str], config: TrainConfig, folder: Path) -> None:
-    """A GIF for each prompt, with the run's seed."""
+def save_samples(pipeline: AnimateDiffPipeline, prompts: Sequence[str], config: TrainConfig, folder: Path) -> dict[str, float]:
+    """A GIF for each prompt, with the run's seed, and all of them as a contact sheet; returns the mean of their general scores."""
     settings = config.sampling()
-    for prompt in prompts:
-        (video,) = pipeline(prompt, **settings)
+    videos = [pipeline(prompt, **settings)[0] for prompt in prompts]
+    for prompt, video in zip(prompts, videos, strict=True):
         save_gif(video, free_path(folder, prompt, config.seed), FPS, {"prompt": prompt, **settings})
+    scores = [general_scores(video) for video in videos]
+    save_json({"prompts": dict(zip(prompts, scores, strict=True)), **settings}, folder / "scores.json")
+    contact_sheet(videos, prompts, folder / "sheet.png")
+    return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}

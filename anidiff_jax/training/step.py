@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from anidiff_jax.diffusion.schedule import NoiseSchedule, add_noise, target
+from anidiff_jax.diffusion.schedule import NoiseSchedule, add_noise, loss_weight, target
 from anidiff_jax.lora import scaled
 from anidiff_jax.models.networks import Networks
 from anidiff_jax.models.vae import Posterior
@@ -25,6 +25,7 @@ class Task:
     """What is computed, apart from weights and data.
 
     lora_scale: None when the UNet's own parameters train. lora_dtype: adapters are rounded to it before they are used.
+    loss_weighting: see `schedule.loss_weight`.
     """
 
     networks: Networks
@@ -32,6 +33,7 @@ class Task:
     seed: int
     lora_scale: float | None = None
     lora_dtype: str = "float32"
+    loss_weighting: str = "none"
 
     def unet_variables(self, trained: Tree, frozen: Tree) -> dict[str, Tree]:
         """Flax variables of the UNet from what trains and what does not."""
@@ -55,18 +57,28 @@ def encode_clips(task: Task, frozen: dict[str, Tree], pixels, keys):
     return (jax.vmap(Posterior.sample)(clips, keys) - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def denoising_loss(trained, frozen, task: Task, latents, text, key):
-    """Mean squared error of the prediction for one clip: latents (f, h, w, c), text (tokens, d).
+def denoising_loss(trained, frozen, task: Task, latents, text, keys):
+    """Mean over clips of the prediction's squared error, weighted by the timestep: latents (b, f, h, w, c), text (b, tokens, d), keys (b,).
 
-    All frames of a clip share their timestep, and each has noise of its own.
+    All frames of a clip share their timestep, and each has noise of its own. What is drawn for a clip follows from its key.
     """
-    for_step, for_noise, for_dropout = jax.random.split(key, 3)
-    timestep = jax.random.randint(for_step, (), 0, task.schedule.num_train_timesteps)
-    noise = jax.random.normal(for_noise, latents.shape)
-    noisy = add_noise(task.schedule, latents, noise, timestep)
+
+    def question(clip, key):
+        for_step, for_noise, for_dropout = jax.random.split(key, 3)
+        timestep = jax.random.randint(for_step, (), 0, task.schedule.num_train_timesteps)
+        noise = jax.random.normal(for_noise, clip.shape)
+        weight = loss_weight(task.schedule, timestep, task.loss_weighting)
+        return add_noise(task.schedule, clip, noise, timestep), timestep, target(task.schedule, clip, noise, timestep), weight, for_dropout
+
+    noisy, timesteps, answers, weights, for_dropout = jax.vmap(question)(latents, keys)
     variables = task.unet_variables(trained, frozen["unet"])
-    prediction = task.networks.unet.apply(variables, noisy[None], timestep[None], text[None], rngs={"dropout": for_dropout})[0]
-    return jnp.mean(jnp.square(prediction - target(task.schedule, latents, noise, timestep)))
+    predict = task.networks.unet.apply
+    if task.networks.unet.settings.lora_dropout:  # clip by clip, since dropout draws for all that it sees from one key
+        one = lambda noisy, t, text, key: predict(variables, noisy[None], t[None], text[None], rngs={"dropout": key})[0]
+        predictions = jax.vmap(one)(noisy, timesteps, text, for_dropout)
+    else:
+        predictions = predict(variables, noisy, timesteps, text)
+    return jnp.mean(weights * jnp.square(predictions - answers).mean((1, 2, 3, 4)))
 
 
 def make_update(task: Task, optimizer: optax.GradientTransformation) -> Callable:
@@ -81,8 +93,7 @@ def make_update(task: Task, optimizer: optax.GradientTransformation) -> Callable
         keys = jax.vmap(jax.random.split)(keys)  # (clips, 2)
         latents = encode_clips(task, frozen, clips["pixels"], keys[:, 0])
         text = task.networks.text_encoder.apply({"params": frozen["text_encoder"]}, clips["ids"])
-        one = lambda params, *clip: denoising_loss(params, frozen, task, *clip)
-        return jax.value_and_grad(lambda params: jax.vmap(one, (None, 0, 0, 0))(params, latents, text, keys[:, 1]).mean())(params)
+        return jax.value_and_grad(denoising_loss)(params, frozen, task, latents, text, keys[:, 1])
 
     def update(state: TrainState, frozen: dict[str, Tree], batch: dict[str, Any]):
         zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params))

@@ -108,7 +108,7 @@ def test_window():
 
 
 def test_frames_are_those_of_the_video(tmp_path):
-    true = render(Scene("square", "red", "white", 0.5, 0.5, 0.2, "right"), 24, 64)
+    true = render(Scene("square", "red", "white", size=0.2, velocity=(0.02, 0.0)), 24, 64)
     save_mp4(true, tmp_path / "a.mp4")
     frames = read_clip(tmp_path / "a.mp4", lambda n: np.array([0, n // 2, n - 1]))
     assert np.abs(frames.astype(int) - true[[0, 12, 23]]).mean() < 4

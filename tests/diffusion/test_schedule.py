@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import compute_snr
 
 from anidiff_jax.diffusion import ddim
-from anidiff_jax.diffusion.schedule import NoiseSchedule, add_noise, target
+from anidiff_jax.diffusion.schedule import NoiseSchedule, add_noise, loss_weight, target
 from anidiff_jax.errors import UserError
 from tests import reference
 
@@ -61,3 +62,19 @@ def test_nonsense_is_refused(case):
         NoiseSchedule(**case)
     with pytest.raises(UserError, match="num_inference_steps"):
         ddim.table(NoiseSchedule(), 1001)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_loss_weights(prediction_type):
+    ours = NoiseSchedule(prediction_type=prediction_type)
+    steps = torch.tensor([0, 10, 200, 500, 800, 999])
+    snr = compute_snr(reference.ddim(prediction_type=prediction_type), steps).numpy()
+    weight = lambda kind: np.asarray(loss_weight(ours, steps.numpy(), kind))
+    velocity = prediction_type == "v_prediction"
+    np.testing.assert_allclose(weight("none"), 1, rtol=1e-5)
+    np.testing.assert_allclose(weight("min_snr"), np.minimum(snr, 5) / (snr + 1 if velocity else snr), rtol=1e-4)
+    # Between its limits inverse_snr is the squared error of the clean latents, whatever the network predicts.
+    middle = (snr > 0.1) & (snr < 10)
+    assert middle.sum() >= 2
+    np.testing.assert_allclose(weight("inverse_snr")[middle], (1 / (snr + 1) if velocity else 1 / snr)[middle], rtol=1e-4)
+    assert weight("inverse_snr").max() <= 10

@@ -99,7 +99,7 @@ def test_loss_and_gradients_equal_pytorch(load, batch, base, adapter):
     key = jax.random.key(3)
     rng = np.random.default_rng(0)
     latents, text = rng.standard_normal((3, 4, 4, 4), np.float32), rng.standard_normal((77, 24), np.float32)
-    loss, grads = jax.jit(jax.value_and_grad(lambda p: denoising_loss(p, frozen, task, latents, text, key)))(trained)
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: denoising_loss(p, frozen, task, latents[None], text[None], key[None])))(trained)
 
     for_step, for_noise, _ = jax.random.split(key, 3)
     timestep = torch.tensor([int(jax.random.randint(for_step, (), 0, 1000))])

@@ -1,0 +1,127 @@
+"""Trains the embedded model from nothing, in pieces that can be stopped and gone on with; prints settings, times and scores.
+
+    python -m anidiff_jax.shapes.build --work build --output anidiff_jax/shapes/model
+
+Stages, each kept in the work folder when it is done: clips → text encoder → VAE → image model (train.py on single frames, all
+parameters) → motion adapter (train.py --sft_type full) → the packed model with its card. Image and motion stage are runs of
+train.py, each from the weights of the one before; add rounds at the end of the lists below to train on.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from anidiff_jax.config import EMBEDDED_PROMPTS
+from anidiff_jax.shapes.clips import write_clips
+from anidiff_jax.shapes.tiny_model import HEADS, MAX_FRAMES, UNET, fresh_part, pack, write_base, write_part
+
+log = logging.getLogger(__name__)
+ROOT = Path(__file__).parent.parent.parent
+SEED = 7
+CLIPS = 3000
+TEXT_UPDATES = 1500
+VAE_UPDATES = 1300
+DEVICES = 2  # that a CPU is split into: each works on half of a batch, which keeps two cores busier than one device does
+# (updates, clips an update, peak learning rate, its course, loss weighting, seed) of each run of train.py
+IMAGE_ROUNDS = [(2600, 32, 1.5e-3, "cosine", "inverse_snr", 7), (1900, 32, 1.2e-3, "cosine", "min_snr", 8)]
+MOTION_ROUNDS = [(700, 8, 1.5e-3, "cosine", "inverse_snr", 9)]
+COMMON = ["--sft_type", "full", "--gradient_accumulation_steps", 1, "--eval_steps", 100_000, "--weight_decay", 0.0, "--sample_size", 64,
+          "--sample_stride", 1, "--guidance_scale", 5, "--validation_prompts_path", EMBEDDED_PROMPTS]  # fmt: skip
+IMAGE_ARGUMENTS = ["--trainable_modules", ".*", "--sample_n_frames", 1, "--dataloader_num_workers", 2]
+MOTION_ARGUMENTS = ["--sample_n_frames", 8, "--save_steps", 200, "--motion_num_attention_heads", HEADS,
+                    "--motion_max_seq_length", MAX_FRAMES]  # fmt: skip
+
+
+def stage(done: Path, make: Callable[[Path], object]) -> Path:
+    """Runs `make` with a folder to fill, unless `done` exists; it appears under that name only when it is whole."""
+    if not done.exists():
+        part = done.with_name(f".{done.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        start = time.perf_counter()
+        said = make(part)
+        entry = {"stage": done.name, "seconds": round(time.perf_counter() - start), **(said if isinstance(said, dict) else {})}
+        (part / "stage.json").write_text(json.dumps(entry) + "\n")
+        part.rename(done)
+        print(json.dumps(entry), flush=True)
+    return done
+
+
+def make_text_encoder(out: Path) -> dict:
+    from anidiff_jax.models.clip import CLIPTextModel
+    from anidiff_jax.models.config import clip_config
+    from anidiff_jax.shapes.pretrain import train_text_encoder
+    from anidiff_jax.shapes.tiny_model import text_config, tokenizer_folder
+    from anidiff_jax.weights.base import load_tokenizer
+
+    config, tokenizer = text_config(), load_tokenizer(tokenizer_folder())
+    tokenize = lambda captions: np.array(tokenizer(captions, padding="max_length", max_length=77)["input_ids"], np.int32)
+    params, understood = train_text_encoder(CLIPTextModel(clip_config(config)), tokenize, TEXT_UPDATES, SEED)
+    write_part(params, config, out, "model", "float32")
+    return {"updates": TEXT_UPDATES, "unseen captions understood": understood}
+
+
+def make_vae(out: Path) -> dict:
+    from anidiff_jax.models.config import vae_config
+    from anidiff_jax.models.vae import AutoencoderKL
+    from anidiff_jax.shapes.pretrain import train_vae
+    from anidiff_jax.shapes.tiny_model import VAE
+
+    params, psnr = train_vae(AutoencoderKL(vae_config(VAE)), VAE_UPDATES, SEED)
+    write_part(params, VAE, out, "diffusion_pytorch_model", "float32")
+    return {"updates": VAE_UPDATES, "PSNR in dB": round(psnr, 2)}
+
+
+def train(base: Path, clips: Path, round: tuple, more: list, out: Path) -> dict:
+    """One run of train.py; its last checkpoint becomes `out`/checkpoint."""
+    updates, batch, rate, course, weighting, seed = round
+    words = ["train.py", "--model_id_or_path", base, "--csv_path", clips / "clips.csv", "--video_folder", clips,
+             "--output_dir", out / "run", "--max_steps", updates, "--batch_size", batch // DEVICES, "--learning_rate", rate,
+             "--lr_scheduler_type", course, "--loss_weighting", weighting, "--seed", seed, *COMMON, *more]  # fmt: skip
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
+    done = subprocess.run([sys.executable, *map(str, words)], stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True, env=environment)
+    Path(done.stdout.splitlines()[-1]).rename(out / "checkpoint")
+    return {"updates": updates, "batch": batch, "learning rate": rate, "course": course, "weighting": weighting, "seed": seed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("build"), help="folder for clips and stages; what is in it is gone on with")
+    parser.add_argument("--output", type=Path, required=True, help="the model in diffusers layout, float16; replaced if it exists")
+    parser.add_argument("--start", type=Path, help="a model made so before, to train on: its text encoder and VAE stay as they are")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    work = args.work.resolve()
+
+    clips = stage(work / "clips", lambda out: {"clips": CLIPS, "csv": write_clips(out, CLIPS, SEED).name})
+    adapter: Path | None = None
+    if args.start:
+        text, vae, unet, adapter = (args.start / name for name in ("text_encoder", "vae", "unet", "motion_adapter"))
+    else:
+        text = stage(work / "text_encoder", make_text_encoder)
+        vae = stage(work / "vae", make_vae)
+        unet = stage(work / "fresh_unet", lambda out: write_part(fresh_part("unet", SEED), UNET, out, "diffusion_pytorch_model", "float32"))
+    base = stage(work / "base-0", lambda out: write_base(out, text, vae, unet))
+    for i, round in enumerate(IMAGE_ROUNDS):
+        unet = stage(work / f"image-{i}", partial(train, base, clips, round, IMAGE_ARGUMENTS)) / "checkpoint"
+        base = stage(work / f"base-{i + 1}", partial(write_base, text_encoder=text, vae=vae, unet=unet))
+    for i, round in enumerate(MOTION_ROUNDS):
+        going_on = ["--motion_adapter_id_or_path", adapter] if adapter else []
+        adapter = stage(work / f"motion-{i}", partial(train, base, clips, round, [*MOTION_ARGUMENTS, *going_on])) / "checkpoint"
+    pack(args.output, base, adapter)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Does training work? The long evaluations of the embedded world, as tables: minutes to hours on 2 cores.
+
+    make evaluate                                        # all of them
+    python benchmarks/shapes.py --only stills adapter    # some
+
+Each part writes benchmarks/results/shapes-<part>.json; all that exist go into benchmarks/results/shapes.md.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS, WORK = HERE / "results", HERE / ".work" / "shapes"
+EVALUATE = [sys.executable, "-m", "anidiff_jax.shapes.evaluate"]
+SHAPES = ["circle", "square", "triangle", "star"]
+UPDATES = 150  # of the LoRA, as `make demo` trains it
+ADAPTER = HERE.parent / "anidiff_jax" / "shapes" / "model" / "motion_adapter"
+TRAINING = ["--batch_size", "8", "--gradient_accumulation_steps", "1", "--learning_rate", "2e-3", "--lora_rank", "16",
+            "--loss_weighting", "inverse_snr", "--eval_steps", "1000"]  # fmt: skip
+
+
+def evaluate(name: str, *options) -> dict:
+    """The scores of one call of the evaluation."""
+    folder = WORK / name
+    subprocess.run([*EVALUATE, "--output", str(folder), *map(str, options)], check=True, cwd=HERE.parent)
+    return json.loads((folder / "scores.json").read_text())
+
+
+def lora(motion: str, clips: int, updates: int) -> tuple[str, float]:
+    """(checkpoint, seconds of training) of a LoRA on `clips` clips of one motion."""
+    data = WORK / f"clips-{motion.replace(' ', '-')}-{clips}"
+    words = ["-m", "anidiff_jax.shapes.clips", "--output", data, "--count", clips, "--motion", motion, "--seed", 1]
+    subprocess.run([sys.executable, *map(str, words)], check=True, cwd=HERE.parent)
+    start = time.perf_counter()
+    words = ["train.py", "--csv_path", data / "clips.csv", "--video_folder", data, "--output_dir", WORK / "runs", "--max_steps", updates]
+    done = subprocess.run([sys.executable, *map(str, words), *TRAINING], check=True, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
+    return done.stdout.splitlines()[-1], time.perf_counter() - start
+
+
+def stills() -> dict:
+    return {"image model, stills": evaluate("stills", "--sample_n_frames", 1, "--videos", 200)}
+
+
+def adapter() -> dict:
+    return {
+        "image model alone": evaluate("alone", "--motion_adapter_id_or_path", "none"),
+        "with the shipped adapter": evaluate("adapter", "--videos", 140),
+    }
+
+
+def taught() -> dict:
+    """The taught motion before and after a LoRA; the same merged; and with the LoRA turned round."""
+    checkpoint, seconds = lora("right", 50, UPDATES)
+    things = ["--things", *SHAPES]
+    result = {"shapes, before": evaluate("right-before", *things)}
+    result[f"shapes, LoRA on 50 clips to the right, {seconds:.0f} s"] = evaluate("right-after", *things, "--ckpt_dir", checkpoint)
+    result["the same, scale -1"] = evaluate("right-negative", *things, "--ckpt_dir", checkpoint, "--lora_scale", -1)
+    merged = WORK / "right-merged"
+    shutil.rmtree(merged, ignore_errors=True)
+    merge = ["convert/export_motion_adapter.py", "--input", ADAPTER, "--lora", checkpoint, "--output", merged, "--dtype", "float32"]
+    subprocess.run([sys.executable, *map(str, merge)], check=True, cwd=HERE.parent)
+    result["the same, merged"] = evaluate("right-merged-scores", *things, "--motion_adapter_id_or_path", merged)
+    return result
+
+
+def few_clips() -> dict:
+    """The paper's finding that 50 clips do and 5 collapse, tried here."""
+    result = {}
+    for clips in (5, 10, 20, 50):
+        checkpoint, _ = lora("right", clips, UPDATES)
+        result[f"shapes, LoRA on {clips} clips to the right"] = evaluate(
+            f"clips-{clips}-scores", "--things", *SHAPES, "--ckpt_dir", checkpoint
+        )
+    return result
+
+
+def curves() -> dict:
+    """Scores and validation loss of the checkpoints that `anidiff_jax.shapes.build --work build` left of its motion stage."""
+    build, result = HERE.parent / "build", {}
+    base, before = sorted(build.glob("base-*"))[-1], 0
+    for stage in sorted(build.glob("motion-*"), key=lambda path: int(path.name.split("-")[1])):
+        runs = {int(path.name.split("-")[1]): path for path in stage.glob("run/ad-*/checkpoints/iter-*")}
+        updates = json.loads((stage / "stage.json").read_text())["updates"]
+        for step, path in sorted({**runs, updates: stage / "checkpoint"}.items()):
+            name = f"adapter after {before + step} updates"
+            options = ["--model_id_or_path", base, "--motion_adapter_id_or_path", path, "--videos", 60, "--num_inference_steps", 10]
+            result[name] = {
+                **evaluate(f"curve-{before + step}", *options),
+                "updates": before + step,
+                "validation_loss": validate(base, path),
+            }
+        before += updates
+    plot(result)
+    return result
+
+
+def validate(base: Path, adapter: Path, clips: int = 24) -> list[float]:
+    """Loss by range of timesteps, from the least noise to the most, on clips of combinations never trained on."""
+    import jax
+    import numpy as np
+
+    from anidiff_jax import AnimateDiffPipeline
+    from anidiff_jax.pipeline import encode_text
+    from anidiff_jax.shapes.clips import scenes
+    from anidiff_jax.shapes.render import render
+    from anidiff_jax.training.step import Task, encode_clips
+    from anidiff_jax.training.validation import bucket_losses
+
+    pipe = AnimateDiffPipeline.from_pretrained(base, motion_adapter=adapter)
+    networks, params = pipe.model.networks, pipe.model.params
+    chosen = [pair for _, pair in zip(range(clips), scenes(99, unseen=True), strict=False)]
+    task = Task(networks, pipe.schedule, seed=0)
+    latents = encode_clips(
+        task, params, np.stack([render(scene, 8, 64) for scene, _ in chosen]), jax.random.split(jax.random.key(0), clips)
+    )
+    text = encode_text(networks.text_encoder, params["text_encoder"], pipe.tokenize([caption for _, caption in chosen]))
+    return [round(loss, 5) for loss in bucket_losses(task, params["unet"], {"unet": {}}, latents, text)]
+
+
+def plot(result: dict) -> None:
+    """docs/learning.png: scores, and validation loss by timestep, against updates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (scores, losses) = plt.subplots(1, 2, figsize=(10, 4))
+    updates = [r["updates"] for r in result.values()]
+    for name in ("coherent", "identity", "along its front"):
+        scores.plot(updates, [100 * r["right"][name] for r in result.values()], marker="o", label=name)
+    scores.set(xlabel="updates", ylabel="share of videos, %", ylim=(0, 100), title="scores")
+    buckets = len(next(iter(result.values()))["validation_loss"])
+    for i in range(buckets):
+        curve = [r["validation_loss"][i] for r in result.values()]
+        label = f"timesteps {1000 * i // buckets}–{1000 * (i + 1) // buckets}"
+        losses.plot(updates, [value / curve[0] for value in curve], marker="o", label=label)
+    losses.set(xlabel="updates", ylabel="relative to the first", title="validation loss by timestep")
+    for axes in (scores, losses):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(HERE.parent / "docs" / "learning.png", dpi=110)
+
+
+PARTS = {"stills": stills, "adapter": adapter, "taught": taught, "few_clips": few_clips, "curves": curves}
+
+
+def as_markdown(results: dict[str, dict]) -> str:
+    columns = ["color", "background", "thing", "front", "coherent", "identity", "along its front"]
+    lines = ["| | videos | " + " | ".join(columns) + " | going right | motion degree |", "|---" * (len(columns) + 4) + "|"]
+    for name, r in results.items():
+        cells = [f"{100 * r['right'][c]:.0f} %" if c in r["right"] else "–" for c in columns]
+        right = f"{100 * r['motions'].get('right', 0) / r['videos']:.0f} %" if "motions" in r else "–"
+        lines.append(f"| {name} | {r['videos']} | {' | '.join(cells)} | {right} | {r['motion_degree']:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
+    args = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
+    for part in args.only:
+        (RESULTS / f"shapes-{part}.json").write_text(json.dumps(PARTS[part](), indent=2) + "\n")
+    found = [json.loads(path.read_text()) for part in PARTS if (path := RESULTS / f"shapes-{part}.json").exists()]
+    text = f"{os.cpu_count()} cores; `python benchmarks/shapes.py`\n\n" + as_markdown({k: v for r in found for k, v in r.items()})
+    (RESULTS / "shapes.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
