@@ -27,7 +27,7 @@ from anidiff_jax.shapes.tiny_model import HEADS, MAX_FRAMES, UNET, fresh_part, p
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent.parent
-SEED = 7
+SEED = 7  # of the clips, the text encoder and the VAE
 CLIPS = 3000
 TEXT_UPDATES = 1500
 VAE_UPDATES = 1300
