@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 RESULTS, WORK = HERE / "results", HERE / ".work" / "shapes"
 EVALUATE = [sys.executable, "-m", "anidiff_jax.shapes.evaluate"]
 SHAPES = ["circle", "square", "triangle", "star"]
-UPDATES = 90  # of the LoRA, as `make demo` trains it
+UPDATES = 75  # of the LoRA, as `make demo` trains it
 ADAPTER = HERE.parent / "anidiff_jax" / "shapes" / "model" / "motion_adapter"
 TRAINING = ["--batch_size", "8", "--gradient_accumulation_steps", "1", "--learning_rate", "2e-3", "--lora_rank", "16",
             "--loss_weighting", "inverse_snr", "--eval_steps", "1000"]  # fmt: skip
