@@ -15,14 +15,13 @@ import sys
 import time
 from pathlib import Path
 
+from anidiff_jax.shapes.demo import TRAINING, flags
+from anidiff_jax.shapes.render import SHAPES
+
 HERE = Path(__file__).parent
 RESULTS, WORK = HERE / "results", HERE / ".work" / "shapes"
 EVALUATE = [sys.executable, "-m", "anidiff_jax.shapes.evaluate"]
-SHAPES = ["circle", "square", "triangle", "star"]
-UPDATES = 75  # of the LoRA, as `make demo` trains it
 ADAPTER = HERE.parent / "anidiff_jax" / "shapes" / "model" / "motion_adapter"
-TRAINING = ["--batch_size", "8", "--gradient_accumulation_steps", "1", "--learning_rate", "2e-3", "--lora_rank", "16",
-            "--loss_weighting", "inverse_snr", "--eval_steps", "1000"]  # fmt: skip
 
 
 def evaluate(name: str, *options) -> dict:
@@ -32,14 +31,14 @@ def evaluate(name: str, *options) -> dict:
     return json.loads((folder / "scores.json").read_text())
 
 
-def lora(motion: str, clips: int, updates: int) -> tuple[str, float]:
-    """(checkpoint, seconds of training) of a LoRA on `clips` clips of one motion."""
+def lora(motion: str, clips: int) -> tuple[str, float]:
+    """(checkpoint, seconds of training) of a LoRA on `clips` clips of one motion, as `make demo` trains it."""
     data = WORK / f"clips-{motion.replace(' ', '-')}-{clips}"
     words = ["-m", "anidiff_jax.shapes.clips", "--output", data, "--count", clips, "--motion", motion, "--seed", 1]
     subprocess.run([sys.executable, *map(str, words)], check=True, cwd=HERE.parent)
     start = time.perf_counter()
-    words = ["train.py", "--csv_path", data / "clips.csv", "--video_folder", data, "--output_dir", WORK / "runs", "--max_steps", updates]
-    done = subprocess.run([sys.executable, *map(str, words), *TRAINING], check=True, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
+    words = ["train.py", "--csv_path", data / "clips.csv", "--video_folder", data, "--output_dir", WORK / "runs", *flags(TRAINING)]
+    done = subprocess.run([sys.executable, *map(str, words)], check=True, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
     return done.stdout.splitlines()[-1], time.perf_counter() - start
 
 
@@ -56,7 +55,7 @@ def adapter() -> dict:
 
 def taught() -> dict:
     """The taught motion before and after a LoRA; the same merged; and with the LoRA turned round."""
-    checkpoint, seconds = lora("right", 50, UPDATES)
+    checkpoint, seconds = lora("right", 50)
     things = ["--things", *SHAPES]
     result = {"shapes, before": evaluate("right-before", *things)}
     result[f"shapes, LoRA on 50 clips to the right, {seconds:.0f} s"] = evaluate("right-after", *things, "--ckpt_dir", checkpoint)
@@ -73,7 +72,7 @@ def few_clips() -> dict:
     """The paper's finding that 50 clips do and 5 collapse, tried here."""
     result = {}
     for clips in (5, 10, 20, 50):
-        checkpoint, _ = lora("right", clips, UPDATES)
+        checkpoint, _ = lora("right", clips)
         result[f"shapes, LoRA on {clips} clips to the right"] = evaluate(
             f"clips-{clips}-scores", "--things", *SHAPES, "--ckpt_dir", checkpoint
         )

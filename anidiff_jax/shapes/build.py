@@ -4,7 +4,7 @@
 
 Stages, each kept in the work folder when it is done: clips → text encoder → VAE → image model (train.py on single frames, all
 parameters) → motion adapter (train.py --sft_type full) → the packed model with its card. Image and motion stage are runs of
-train.py, each from the weights of the one before; add rounds at the end of the lists below to train on.
+train.py, each from the weights of the one before. To train on: add rounds at the end of the lists below, or begin with --start MODEL.
 """
 
 import argparse
@@ -23,7 +23,8 @@ import numpy as np
 
 from anidiff_jax.config import EMBEDDED_PROMPTS
 from anidiff_jax.shapes.clips import write_clips
-from anidiff_jax.shapes.tiny_model import HEADS, MAX_FRAMES, UNET, fresh_part, pack, write_base, write_part
+from anidiff_jax.shapes.tiny_model import HEADS, MAX_FRAMES, UNET, fresh_unet, pack, write_base, write_part
+from anidiff_jax.weights.store import STEMS
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent.parent
@@ -67,7 +68,7 @@ def make_text_encoder(out: Path) -> dict:
     config, tokenizer = text_config(), load_tokenizer(tokenizer_folder())
     tokenize = lambda captions: np.array(tokenizer(captions, padding="max_length", max_length=77)["input_ids"], np.int32)
     params, understood = train_text_encoder(CLIPTextModel(clip_config(config)), tokenize, TEXT_UPDATES, SEED)
-    write_part(params, config, out, "model", "float32")
+    write_part(params, config, out, STEMS["text_encoder"])
     return {"updates": TEXT_UPDATES, "unseen captions understood": understood}
 
 
@@ -78,7 +79,7 @@ def make_vae(out: Path) -> dict:
     from anidiff_jax.shapes.tiny_model import VAE
 
     params, psnr = train_vae(AutoencoderKL(vae_config(VAE)), VAE_UPDATES, SEED)
-    write_part(params, VAE, out, "diffusion_pytorch_model", "float32")
+    write_part(params, VAE, out, STEMS["vae"])
     return {"updates": VAE_UPDATES, "PSNR in dB": round(psnr, 2)}
 
 
@@ -111,7 +112,7 @@ def main() -> None:
     else:
         text = stage(work / "text_encoder", make_text_encoder)
         vae = stage(work / "vae", make_vae)
-        unet = stage(work / "fresh_unet", lambda out: write_part(fresh_part("unet", SEED), UNET, out, "diffusion_pytorch_model", "float32"))
+        unet = stage(work / "fresh_unet", lambda out: write_part(fresh_unet(SEED), UNET, out, STEMS["unet"]))
     base = stage(work / "base-0", lambda out: write_base(out, text, vae, unet))
     for i, round in enumerate(IMAGE_ROUNDS):
         unet = stage(work / f"image-{i}", partial(train, base, clips, round, IMAGE_ARGUMENTS)) / "checkpoint"
@@ -119,6 +120,7 @@ def main() -> None:
     for i, round in enumerate(MOTION_ROUNDS):
         going_on = ["--motion_adapter_id_or_path", adapter] if adapter else []
         adapter = stage(work / f"motion-{i}", partial(train, base, clips, round, [*MOTION_ARGUMENTS, *going_on])) / "checkpoint"
+    assert adapter  # there is a motion round, or one to begin with
     pack(args.output, base, adapter)
     print(args.output)
 

@@ -13,10 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+from anidiff_jax.shapes.render import SHAPES
+
 MOTION = "right"
 PROMPT = "a red circle on a white background"
 ROOT = Path(__file__).parent.parent.parent
-SHAPES = ["circle", "square", "triangle", "star"]  # they have no front that would say where to go
 TRAINING = {"max_steps": 75, "batch_size": 8, "gradient_accumulation_steps": 1, "learning_rate": 2e-3, "lora_rank": 16,
             "loss_weighting": "inverse_snr", "eval_steps": 1000}  # fmt: skip
 
@@ -29,6 +30,11 @@ def run(*words) -> str:
         sys.exit(done.returncode)
     print(done.stdout.strip(), flush=True)
     return done.stdout.strip().splitlines()[-1]
+
+
+def flags(options: dict) -> list:
+    """{"name": value} as a command line has it."""
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
 def share(folder: Path) -> float:
@@ -44,7 +50,6 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=TRAINING["max_steps"], help="updates of the LoRA")
     args = parser.parse_args()
     out, start = args.output, time.perf_counter()
-    flags = lambda options: [word for name, value in options.items() for word in (f"--{name}", value)]
     measure = ["-m", "anidiff_jax.shapes.evaluate", "--videos", args.videos, "--num_inference_steps", 10, "--things", *SHAPES]
 
     csv = run("-m", "anidiff_jax.shapes.clips", "--output", out / "clips", "--count", 50, "--motion", MOTION)

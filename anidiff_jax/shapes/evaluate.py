@@ -22,7 +22,7 @@ import numpy as np
 from anidiff_jax.scores import general_scores
 from anidiff_jax.shapes.clips import scenes
 from anidiff_jax.shapes.render import HELD_OUT_WORDINGS, Scene
-from anidiff_jax.shapes.scores import read, scores
+from anidiff_jax.shapes.scores import judge, read
 
 log = logging.getLogger(__name__)
 STILL = ("color", "background", "thing", "front")
@@ -43,14 +43,15 @@ def evaluate(pipeline, asked: Sequence[tuple[Scene, str]], seed: int = 0, **sett
 
 def table(videos: Sequence[np.ndarray], asked: Sequence[Scene]) -> dict:
     """The scores of videos, each against the scene that was asked for."""
-    answers = [scores(video, scene) for video, scene in zip(videos, asked, strict=True)]
+    readings = [read(video) for video in videos]
+    answers = [judge(seen, scene) for seen, scene in zip(readings, asked, strict=True)]
     result: dict = {"videos": len(videos), "right": {}, "asked": {}}
     for name in answers[0]:
         given = [bool(a[name]) for a in answers if a[name] is not None]
         if given and (len(videos[0]) > 1 or name in STILL):
             result["right"][name], result["asked"][name] = round(float(np.mean(given)), 4), len(given)
     if len(videos[0]) > 1:
-        result["motions"] = dict(Counter(read(video).motion for video in videos).most_common())
+        result["motions"] = dict(Counter(seen.motion for seen in readings).most_common())
     general = [general_scores(video) for video in videos]
     return {**result, **{name: round(float(np.mean([g[name] for g in general])), 4) for name in general[0]}}
 

@@ -78,15 +78,13 @@ class Scene:
         """What a still of it shows, in one of WORDINGS (or of `words`), never more."""
         pointing = f" {VERBS[self.thing]} {self.front}" if self.front else ""
         wordings = words or WORDINGS
-        text = wordings[wording % len(wordings)].format(
+        return wordings[wording % len(wordings)].format(
             a="an" if self.color[0] in "aeiou" else "a",
-            A="A" if self.background[0] not in "aeiou" else "An",
             color=self.color,
             thing=self.thing,
             pointing=pointing,
             background=self.background,
         )
-        return text
 
 
 BEAT = 12
@@ -96,7 +94,7 @@ WORDINGS = (
     "{color} {thing}{pointing} over {background}",
     "there is {a} {color} {thing}{pointing} on {background}",
     "a {thing} in {color}{pointing} in front of a {background} background",
-    "{A} {background} background with {a} {color} {thing}{pointing}",
+    "A {background} background with {a} {color} {thing}{pointing}",
 )
 HELD_OUT_WORDINGS = (
     "a video of {a} {color} {thing}{pointing}, the background is {background}",

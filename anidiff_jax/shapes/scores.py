@@ -32,7 +32,7 @@ def read(video) -> Reading:
     """Reads (frames, side, side, 3) in [0, 1]."""
     frames = [observe(frame) for frame in video]
     whole = [f for f in frames if f.inside] or frames
-    thing, front = _most((f.thing, f.front) for f in whole) or (None, None)
+    thing, front = _most((f.thing, f.front) for f in whole)
     color = _most(f.color for f in frames)
     velocity, growth, straight, steady = _track(frames)
     speed = float(np.hypot(*velocity))
@@ -81,14 +81,17 @@ def _most(answers: Iterable[Hashable]):
 
 def scores(video, asked: Scene) -> dict[str, bool | None]:
     """Right or wrong, point by point; None where a question does not arise. `asked` is the scene that the prompt describes."""
-    seen = read(video)
+    return judge(read(video), asked)
+
+
+def judge(seen: Reading, asked: Scene) -> dict[str, bool | None]:
+    """The same of a video that was read."""
     along = lambda front: np.dot(DIRECTIONS[front], seen.velocity) > max(MOVED, 0.7 * np.hypot(*seen.velocity))
-    faces = seen.thing == asked.thing and seen.front is not None
     return {
         "color": seen.color == asked.color,
         "background": seen.background == asked.background,
         "thing": seen.thing == asked.thing,
-        "front": seen.front == asked.front if asked.front and faces else False if asked.front else None,
+        "front": (seen.thing, seen.front) == (asked.thing, asked.front) if asked.front else None,
         "coherent": seen.coherent,
         "identity": seen.identity,
         "asked direction": bool(seen.motion != "incoherent" and along(asked.front)) if asked.front else None,

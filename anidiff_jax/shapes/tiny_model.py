@@ -1,23 +1,23 @@
 """The embedded model in diffusers layout: its configuration, its parts freshly drawn, and how they are put together. `build` trains it."""
 
+import atexit
 import re
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from anidiff_jax.models.clip import CLIPTextModel
-from anidiff_jax.models.config import clip_config, fresh_motion_config, unet_config, vae_config
+from anidiff_jax.models.config import fresh_motion_config, unet_config
 from anidiff_jax.models.init import draw, shapes
 from anidiff_jax.models.unet import UNet
-from anidiff_jax.models.vae import AutoencoderKL
 from anidiff_jax.shapes.render import BACKGROUNDS, COLORS, DIRECTIONS, HELD_OUT_WORDINGS, THINGS, VERBS, WORDINGS
 from anidiff_jax.shapes.tokenizer import write_tokenizer
 from anidiff_jax.weights import files
+from anidiff_jax.weights.store import STEMS
 from anidiff_jax.weights.tree import is_motion, split
 
 _NAMES = " ".join([*COLORS, *THINGS, *BACKGROUNDS, *DIRECTIONS, *VERBS.values(), *WORDINGS, *HELD_OUT_WORDINGS])
@@ -84,19 +84,15 @@ INDEX = {
 
 
 HEADS, MAX_FRAMES = 4, 32  # of the motion modules
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
+@cache
 def tokenizer_folder() -> Path:
     """The tokenizer's files, written once a process into a temporary folder."""
-    global _TOKENIZER
-    if _TOKENIZER is None:
-        _TOKENIZER = tempfile.TemporaryDirectory()
-        write_tokenizer(Path(_TOKENIZER.name), WORDS)
-    return Path(_TOKENIZER.name)
-
-
-_TOKENIZER: tempfile.TemporaryDirectory | None = None
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_tokenizer(folder, WORDS)
+    return folder
 
 
 def text_config() -> dict[str, Any]:
@@ -104,17 +100,10 @@ def text_config() -> dict[str, Any]:
     return {**TEXT, "vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}
 
 
-def motion_config():
-    return fresh_motion_config(UNET, heads=HEADS, max_frames=MAX_FRAMES)
-
-
-def fresh_part(name: str, seed: int):
-    """Freshly drawn parameters of one of unet (without motion modules), vae, text_encoder, motion_adapter."""
-    if name in ("unet", "motion_adapter"):
-        motion, image = split(draw(shapes(UNet(unet_config(UNET, motion_config()))), seed), is_motion)
-        return image if name == "unet" else motion
-    network = AutoencoderKL(vae_config(VAE)) if name == "vae" else CLIPTextModel(clip_config(text_config()))
-    return draw(shapes(network), seed)
+def fresh_unet(seed: int):
+    """Freshly drawn parameters of the image model."""
+    motion = fresh_motion_config(UNET, heads=HEADS, max_frames=MAX_FRAMES)
+    return split(draw(shapes(UNet(unet_config(UNET, motion))), seed), is_motion)[1]
 
 
 def write_base(folder: Path, text_encoder: Path, vae: Path, unet: Path) -> None:
@@ -129,28 +118,25 @@ def write_base(folder: Path, text_encoder: Path, vae: Path, unet: Path) -> None:
     files.save_json(INDEX, folder / "model_index.json")
 
 
-def write_part(params, config: dict[str, Any], folder: Path, stem: str, dtype: str = "float16") -> None:
+def write_part(params, config: dict[str, Any], folder: Path, stem: str) -> None:
+    """One network in float32 and its config."""
     folder.mkdir(exist_ok=True)
     files.save_json(config, folder / "config.json")
-    files.save(jax.tree.map(lambda x: np.asarray(x).astype(dtype), params), folder / f"{stem}.safetensors")
+    files.save(params, folder / f"{stem}.safetensors")
 
 
-def pack(output: Path, base: Path, adapter: Path | None) -> None:
-    """The base and its adapter (none: a fresh one that adds nothing) as they ship, in float16, at `output`, which is replaced."""
+def pack(output: Path, base: Path, adapter: Path) -> None:
+    """The base and its adapter as they ship, in float16, at `output`, which is replaced; its card stays."""
     part = output.with_name(f".{output.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(base, part, ignore=shutil.ignore_patterns("*.safetensors", "stage.json"))
     for name, stem in STEMS.items():
         _save_half(base / name / f"{stem}.safetensors", part / name / f"{stem}.safetensors")
-    if adapter is None:
-        write_part(fresh_part("motion_adapter", 0), motion_config().to_json(), part / "motion_adapter", STEMS["unet"])
-    else:
-        (part / "motion_adapter").mkdir()
-        shutil.copyfile(adapter / "config.json", part / "motion_adapter" / "config.json")
-        _save_half(adapter / f"{STEMS['unet']}.safetensors", part / "motion_adapter" / f"{STEMS['unet']}.safetensors")
-    for kept in ("README.md",):
-        if (output / kept).exists():
-            shutil.copyfile(output / kept, part / kept)
+    (part / "motion_adapter").mkdir()
+    shutil.copyfile(adapter / "config.json", part / "motion_adapter" / "config.json")
+    _save_half(adapter / f"{STEMS['unet']}.safetensors", part / "motion_adapter" / f"{STEMS['unet']}.safetensors")
+    if (output / "README.md").exists():
+        shutil.copyfile(output / "README.md", part / "README.md")
     shutil.rmtree(output, ignore_errors=True)
     part.rename(output)
 
