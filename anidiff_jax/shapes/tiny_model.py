@@ -67,6 +67,7 @@ SCHEDULER = {
     "beta_start": 0.00085,
     "clip_sample": False,
     "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
     "set_alpha_to_one": True,
     "steps_offset": 1,
 }
