@@ -67,7 +67,7 @@ def load(config: SampleConfig):
         attention=config.attention,
         **{name: getattr(config, name) for name in config.noise().names() if hasattr(config, name)},
     )
-    check_size(pipeline.model, config.sample_n_frames, config.sample_size, config.sample_size)
+    check_size(pipeline.model, config.sample_n_frames, config.height, config.width)
     if config.merge_lora:
         adapter, revision = config.motion_adapter_id_or_path, config.motion_adapter_revision
         print(write_merged_adapter(adapter, revision, trained["lora"], config.replace_if_exists), flush=True)

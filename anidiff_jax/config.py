@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 # What an argument that is not given becomes when no model is given either, and the embedded one is taken.
 EMBEDDED_DEFAULTS: dict[str, Any] = {
-    "sample_size": 64,
+    "sample_size": "64",
     "sample_stride": 1,
     "sample_n_frames": 8,
     "guidance_scale": 5.0,
@@ -48,7 +49,7 @@ class _Shared:
     enable_xformers_memory_efficient_attention: bool = arg(True, "choose attention by shape and device; false = keep all logits")
     num_inference_steps: int = arg(25, "denoising steps of a video")
     guidance_scale: float = arg(8.0, "classifier-free guidance; 1 or less = none, at half the cost")
-    sample_size: int = arg(256, "height and width in pixels")
+    sample_size: str = arg("256", "height and width in pixels: one number for both, or HEIGHTxWIDTH")
     sample_stride: int = arg(4, "distance of the frames of a clip in its video, in frames; in sampling it documents the motion's speed")
     sample_n_frames: int = arg(16, "frames a clip")
     motion_num_attention_heads: int = arg(8, "heads of fresh motion modules; an adapter brings its own")
@@ -62,8 +63,10 @@ class _Shared:
     given: frozenset[str] = field(default=frozenset(), init=False, repr=False)
 
     def __post_init__(self):
-        for name in ("num_inference_steps", "sample_size", "sample_stride", "sample_n_frames", "motion_max_seq_length"):
+        for name in ("num_inference_steps", "sample_stride", "sample_n_frames", "motion_max_seq_length"):
             _at_least(self, name, 1)
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", str(self.sample_size)):
+            raise UserError(f"sample_size {self.sample_size} is not a size: give pixels, as 256, or height and width, as 256x384")
         _at_least(self, "motion_num_attention_heads", 1)
         _at_least(self, "seed", 0)
         _at_least(self, "steps_offset", 0)
@@ -84,12 +87,20 @@ class _Shared:
         """The arguments of the pipeline's call that these say."""
         return {
             "num_frames": self.sample_n_frames,
-            "height": self.sample_size,
-            "width": self.sample_size,
+            "height": self.height,
+            "width": self.width,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,
         }
+
+    @property
+    def height(self) -> int:
+        return int(str(self.sample_size).split("x")[0])
+
+    @property
+    def width(self) -> int:
+        return int(str(self.sample_size).split("x")[-1])
 
     def said(self, name: str):
         """The value of an argument that the user gave, else None."""
@@ -114,8 +125,8 @@ class _Shared:
         return prompts
 
     def to_json(self) -> dict[str, Any]:
-        """What a run records; never the token."""
-        return {k: v for k, v in asdict(self).items() if k not in ("given", "hub_token")}
+        """What a run records, and which of it the user gave; never the token."""
+        return {**{k: v for k, v in asdict(self).items() if k != "hub_token"}, "given": sorted(self.given - {"hub_token"})}
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,8 @@ class TrainConfig(_Shared):
     random_flip: bool = arg(False, "mirror half of the clips; off, since captions may name a direction")
     text_dropout_rate: float = arg(0.1, "share of clips whose caption is left out, so that guidance works")
     dataloader_num_workers: int = arg(1, "threads that decode videos")
+    check_data: bool = arg(False, "only look at every video, and write clean.csv and data_report.json into output_dir")
+    latent_cache: str | None = arg(None, "folder: encode videos and captions into it once, and train from it")
     batch_size: int = arg(1, "clips a device and micro-batch")
     gradient_accumulation_steps: int = arg(16, "micro-batches an update; their mean is exact")
     num_train_epochs: int = arg(1, "passes over the clips")
@@ -141,9 +154,12 @@ class TrainConfig(_Shared):
     )
     warmup_ratio: float = arg(0.05, "share of the updates over which the learning rate rises (constant: none)")
     weight_decay: float = arg(0.01, "AdamW's decoupled weight decay")
-    loss_weighting: Literal["none", "min_snr", "inverse_snr"] = arg(
+    loss_weighting: Literal["none", "inverse_snr"] = arg(
         "none", "weight of a clip's loss by its noise; inverse_snr looks at high noise, where motion is decided"
     )
+    snr_gamma: float | None = arg(None, "min-SNR weighting with this γ (5 is usual) instead; none = off")
+    noise_offset: float = arg(0.0, "deviation of a shift of all noise of a frame's channel, so that very dark and bright clips are learnt")
+    ema_decay: float = arg(0.0, "moving average of what trains (0.999, say), which samples, validation and exports then use; 0 = none")
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this global norm")
     lora_rank: int = arg(8, "rank of the adapters")
     lora_alpha: int = arg(32, "adapters are multiplied by lora_alpha / lora_rank")
@@ -151,22 +167,46 @@ class TrainConfig(_Shared):
     lora_dtype: Literal["fp32", "bf16", "fp16", "AUTO"] = arg("fp32", "type of the adapters' weights; AUTO = the model's")
     gradient_checkpointing: bool = arg(False, "recompute each layer in the backward pass: less memory, about a third more time")
     mixed_precision: bool = arg(True, "compute in bfloat16 on GPU and TPU; what trains stays in float32")
-    eval_steps: int = arg(50, "updates between validation videos")
+    validation_csv: str | None = arg(None, "csv of clips that never train, in video_folder; their loss says which checkpoint is best")
+    validation_fraction: float = arg(0.0, "instead: this share of the rows, drawn by the seed, does not train but validates")
+    validation_clips: int = arg(32, "at most this many clips are validated on")
+    eval_steps: int = arg(50, "updates between validations: loss and videos")
     save_steps: int | None = arg(None, "updates between checkpoints; none = eval_steps")
+    save_total_limit: int | None = arg(None, "keep this many checkpoints, the best and the last among them; none = all")
+    resume_from_checkpoint: str | None = arg(
+        None, "go on with a run: its folder, a checkpoint iter-N, or latest (in output_dir). Arguments not given are the run's own"
+    )
+    deterministic: bool = arg(False, "on GPUs, only kernels that give the same bits every time; CPUs do anyway")
     output_dir: str = arg("output", "the run is written to <output_dir>/ad-<time>/")
     ddp_backend: Literal["nccl", "gloo", "mpi", "ccl", "hccl"] = arg("nccl", "nccl = the GPUs' own collectives; gloo, mpi = those of CPUs")
-    push_to_hub: bool = arg(False, "not built yet")
+    coordinator_address: str | None = arg(None, "host:port of process 0, where a run has several that do not find each other by themselves")
+    num_processes: int | None = arg(None, "with coordinator_address: how many processes the run has")
+    process_id: int | None = arg(None, "with coordinator_address: which of them this one is, from 0")
+    push_to_hub: bool = arg(False, "push checkpoints, with a card and a sample, to the Hugging Face Hub")
     hub_model_id: str | None = arg(None, "with push_to_hub: owner/name")
     hub_private_repo: bool = arg(False, "with push_to_hub: make the repository private")
     push_hub_strategy: Literal["push_last", "push_best", "all_checkpoints"] = arg("push_best", "with push_to_hub: what to push")
     hub_token: str | None = field(default=None, repr=False, metadata={"help": "with push_to_hub: access token; never stored"})
     use_wandb: bool = arg(False, "log to Weights & Biases too (pip install wandb)")
+    use_tensorboard: bool = arg(False, "log to TensorBoard files in the run's folder too (pip install tensorboardX)")
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("batch_size", "gradient_accumulation_steps", "num_train_epochs", "lora_rank", "eval_steps", "dataloader_num_workers"):
             _at_least(self, name, 1)
-        for name in ("save_steps", "dataset_sample_size"):
+        if self.snr_gamma is not None and (self.snr_gamma <= 0 or self.loss_weighting != "none"):
+            raise UserError(
+                f"snr_gamma {self.snr_gamma} must be above 0, and goes without loss_weighting: both weigh the loss by its noise"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay {self.ema_decay} must be at least 0 and less than 1")
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(f"validation_fraction {self.validation_fraction} must be at least 0 and less than 1")
+        if self.validation_fraction and self.validation_csv is not None:
+            raise UserError("validation_csv and validation_fraction both say what to validate on: give one")
+        _at_least(self, "noise_offset", 0)
+        _at_least(self, "validation_clips", 1)
+        for name in ("save_steps", "dataset_sample_size", "save_total_limit"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)
         for name in ("warmup_ratio", "text_dropout_rate"):
@@ -183,9 +223,15 @@ class TrainConfig(_Shared):
         if self.ddp_backend in ("ccl", "hccl"):
             raise UserError(f"ddp_backend {self.ddp_backend} is for Intel and Ascend devices under PyTorch, which JAX has not: take nccl")
         if self.push_to_hub:
-            raise UserError("push_to_hub is not built yet: train without it, then upload a checkpoint with `hf upload OWNER/NAME FOLDER`")
-        if self.use_wandb and importlib.util.find_spec("wandb") is None:
-            raise UserError("use_wandb needs the package wandb: pip install wandb")
+            from huggingface_hub import get_token
+
+            if not self.hub_model_id:
+                raise UserError("push_to_hub needs --hub_model_id owner/name, where to push to")
+            if not (self.hub_token or get_token()):
+                raise UserError("push_to_hub needs a token: set HF_TOKEN, log in with `hf auth login`, or give --hub_token")
+        for wanted, package in ((self.use_wandb, "wandb"), (self.use_tensorboard, "tensorboardX")):
+            if wanted and importlib.util.find_spec(package) is None:
+                raise UserError(f"use_{package.removesuffix('X').lower()} needs the package {package}: pip install {package}")
         try:
             re.compile(self.trainable_modules)
         except re.error as error:
@@ -238,6 +284,7 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".json", ".yaml", ".yml")) and not words[0].startswith("-"):
         words = _words_of_file(Path(words[0]).expanduser()) + words[1:]
+    words = _words_of_run(words) + words
     parser = Parser(kind, allow_abbrev=False, description=kind.__doc__)  # type: ignore[arg-type]
     namespace, rest = parser.parse_known_args(words)
     known = {f.name for f in fields(kind) if f.init}
@@ -265,8 +312,20 @@ def _unknown(word: str, known: set[str]) -> str:
     return f"unknown argument {word.split('=')[0]}" + (f": did you mean --{near[0]}?" if near else " (see --help)")
 
 
+def _words_of_run(words: list[str]) -> list[str]:
+    """Where a run is gone on with, its own arguments, which those on the command line may change."""
+    given = dict(itertools.pairwise(words)) | dict(w.split("=", 1) for w in words if w.startswith("--") and "=" in w)
+    where = given.get("--resume_from_checkpoint")
+    if where is None:
+        return []
+    from anidiff_jax.training.runs import find_checkpoint
+
+    checkpoint = find_checkpoint(where, given.get("--output_dir", TrainConfig.output_dir))
+    return _words_of_file(checkpoint / "train_config.json")
+
+
 def _words_of_file(path: Path) -> list[str]:
-    """A config file as the words of a command line."""
+    """A config file as the words of a command line; of a run's own, what was given then."""
     if not path.is_file():
         raise UserError(f"config file {path} does not exist")
     text = read_text(path)
@@ -281,6 +340,7 @@ def _words_of_file(path: Path) -> list[str]:
         raise UserError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"config file {path} must hold names and values at its top level")
+    values = {name: value for name, value in values.items() if name in values.pop("given", values)}
     written = {True: "true", False: "false"}
     return [f"--{k}={written[v] if isinstance(v, bool) else v}" for k, v in values.items() if v is not None]
 

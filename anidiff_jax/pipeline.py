@@ -201,7 +201,7 @@ class AnimateDiffPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         networks, params = self.model.networks, self.model.params
         num_frames = self.defaults["sample_n_frames"] if num_frames is None else num_frames
-        height, width = height or self.defaults["sample_size"], width or self.defaults["sample_size"]
+        height, width = height or int(self.defaults["sample_size"]), width or int(self.defaults["sample_size"])
         guidance_scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         if scheduler != "ddim":
             raise UserError(f"scheduler={scheduler!r} is not built: ddim is")

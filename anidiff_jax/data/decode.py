@@ -14,6 +14,8 @@ except ImportError:
     decord = None
     UNREADABLE = (RuntimeError, OSError, ValueError, IndexError)
 
+FRAMES_AT_ONCE = 128  # that are held in the video's own size
+
 
 class BadVideo(Exception):
     """A video that training must do without, and why."""
@@ -28,6 +30,30 @@ def read_clip(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarray:
     except UNREADABLE as error:
         reason = str(error).strip().splitlines()
         raise BadVideo(f"it cannot be decoded ({reason[-1][:80] if reason else type(error).__name__})") from None
+
+
+def read_whole(path: Path, height: int, width: int) -> np.ndarray:
+    """Every frame of a video, cut and resized to (frames, height, width, 3); only some at a time are held in its own size."""
+    length = 0
+
+    def part(start: int) -> np.ndarray:
+        def choose(n: int) -> np.ndarray:
+            nonlocal length
+            length = n
+            return np.arange(start, min(start + FRAMES_AT_ONCE, n))
+
+        return fit(read_clip(path, choose), height, width)
+
+    first = part(0)
+    return np.concatenate([first, *(part(start) for start in range(FRAMES_AT_ONCE, length, FRAMES_AT_ONCE))])
+
+
+def timestamps(path: Path) -> np.ndarray | None:
+    """When each frame is shown, in seconds; None where the reader cannot say."""
+    if decord is None:
+        return None
+    reader = decord.VideoReader(str(path), num_threads=1)
+    return np.asarray(reader.get_frame_timestamp(range(len(reader))))[:, 0]
 
 
 def _with_decord(path, choose):
@@ -54,13 +80,13 @@ def window(length: int, frames: int, stride: int, rng: np.random.Generator) -> n
     return np.linspace(start, start + span - 1, frames, dtype=int)
 
 
-def square(frames: np.ndarray, side: int) -> np.ndarray:
-    """The central square of uint8 (f, h, w, 3), resized to `side` pixels with antialiasing."""
+def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The largest central part of uint8 (f, h, w, 3) that has the shape height : width, resized to it with antialiasing."""
     _, h, w, _ = frames.shape
-    if h == w == side:
+    if (h, w) == (height, width):
         return frames
-    edge = min(h, w)
-    top, left = (h - edge) / 2, (w - edge) / 2
-    box = (left, top, left + edge, top + edge)
-    resize = lambda frame: np.asarray(Image.fromarray(frame).resize((side, side), Image.Resampling.BILINEAR, box=box))
+    scale = min(h / height, w / width)
+    top, left = (h - scale * height) / 2, (w - scale * width) / 2
+    box = (left, top, left + scale * width, top + scale * height)
+    resize = lambda frame: np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR, box=box))
     return np.stack([resize(frame) for frame in frames])

@@ -3,11 +3,13 @@
 import csv
 import logging
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from anidiff_jax.data.strings import Strings
 from anidiff_jax.errors import UserError, read_text
 
 log = logging.getLogger(__name__)
@@ -20,8 +22,8 @@ class Records:
     """Row i is the video `folder / names[i]` with the caption `captions[i]`."""
 
     folder: Path
-    names: list[str]
-    captions: list[str]
+    names: Sequence[str]
+    captions: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -32,8 +34,22 @@ class Records:
             if count is not None and count > len(self):
                 log.warning("dataset_sample_size %d is more than the %d usable rows: all are taken", count, len(self))
             return self
-        rows = sorted(np.random.default_rng(seed).choice(len(self), count, replace=False))
-        return Records(self.folder, [self.names[i] for i in rows], [self.captions[i] for i in rows])
+        return self._rows(np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False)))
+
+    def parted(self, fraction: float, seed: int) -> tuple["Records", "Records"]:
+        """(the rest, a share of the rows drawn by the seed): at least one row in each."""
+        if len(self) < 2:
+            raise UserError(f"validation_fraction {fraction}: {len(self)} row cannot be parted; give more clips, or a --validation_csv")
+        count = min(max(1, round(fraction * len(self))), len(self) - 1)
+        mixed = np.random.default_rng((seed, 2)).permutation(len(self))
+        return self._rows(np.sort(mixed[count:])), self._rows(np.sort(mixed[:count]))
+
+    def _rows(self, rows: Iterable[int]) -> "Records":
+        names, captions = Strings(), Strings()
+        for i in rows:
+            names.append(self.names[i])
+            captions.append(self.captions[i])
+        return Records(self.folder, names, captions)
 
 
 def read_records(csv_path: str | None, video_folder: str | None) -> Records:
@@ -48,37 +64,49 @@ def read_records(csv_path: str | None, video_folder: str | None) -> Records:
     if not folder.is_dir():
         raise UserError(f"video_folder {folder} is not a folder")
     present = {entry.name for entry in os.scandir(folder)}  # one listing, however many rows
-    rows = _from_captions(folder, present) if csv_path is None else _from_csv(Path(csv_path).expanduser())
-    usable = [(name, caption) for name, caption in rows if name in present]
-    missing = [name for name, _ in rows if name not in present]
+    names, captions = Strings(), Strings()
+    rows, missing, first_missing = 0, 0, ""
+    for name, caption in _from_captions(folder, present) if csv_path is None else _from_csv(Path(csv_path).expanduser()):
+        rows += 1
+        if name in present:
+            names.append(name)
+            captions.append(caption)
+        else:
+            missing, first_missing = missing + 1, first_missing or name
     where = csv_path or folder
-    if not usable:
-        reason = f"none of its {len(rows)} videos lies in {folder} (the first: {missing[0]})" if missing else "it has no rows"
+    if not names:
+        reason = f"none of its {rows} videos lies in {folder} (the first: {first_missing})" if missing else "it has no rows"
         raise UserError(f"{where} gives no usable clip: {reason}")
     if missing:
-        log.warning("%d of %d rows of %s have no file in %s, the first: %s", len(missing), len(rows), where, folder, missing[0])
-    return Records(folder, [name for name, _ in usable], [caption for _, caption in usable])
+        log.warning("%d of %d rows of %s have no file in %s, the first: %s", missing, rows, where, folder, first_missing)
+    return Records(folder, names, captions)
 
 
-def _from_csv(path: Path) -> list[tuple[str, str]]:
+def _from_csv(path: Path) -> Iterator[tuple[str, str]]:
+    """(file name, caption) of each row, read as they are asked for: the csv may have millions."""
     if not path.is_file():
         raise UserError(f"csv_path {path} does not exist")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = set(reader.fieldnames or ())
-            if {"name", "contentUrl"} <= columns:
-                used, row_of = ("name", "contentUrl"), lambda row: (row["contentUrl"].rstrip("/").rsplit("/", 1)[-1], row["name"])
-            elif {"name", "videoid"} <= columns:
-                used, row_of = ("name", "videoid"), lambda row: (f"{row['videoid']}.mp4", row["name"])
-            else:
-                found = ",".join(reader.fieldnames or ())[:80]
+            reader = csv.reader(file)
+            columns = next(reader, [])
+            file_column = next((name for name in ("contentUrl", "videoid") if name in columns), None)
+            if "name" not in columns or file_column is None:
+                found = ",".join(columns)[:80]
                 raise UserError(f"csv_path {path}: its first line must name the columns name,contentUrl (or videoid,name); it is {found!r}")
-            rows = list(reader)
-            whole = [row_of(row) for row in rows if row[used[0]] is not None and row[used[1]]]
-            if len(whole) < len(rows):
-                log.warning("%d of %d rows of %s lack %s or %s", len(rows) - len(whole), len(rows), path, *used)
-            return whole
+            caption_at, file_at = columns.index("name"), columns.index(file_column)
+            rows = lacking = 0
+            for row in reader:
+                if not row:
+                    continue
+                rows += 1
+                if len(row) <= max(caption_at, file_at) or not row[file_at]:
+                    lacking += 1
+                    continue
+                named = row[file_at].rstrip("/").rsplit("/", 1)[-1] if file_column == "contentUrl" else f"{row[file_at]}.mp4"
+                yield named, row[caption_at]
+            if lacking:
+                log.warning("%d of %d rows of %s lack name or %s", lacking, rows, path, file_column)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"csv_path {path} cannot be read as csv in UTF-8: {error}") from None
 

@@ -70,19 +70,21 @@ def target(schedule: NoiseSchedule, x0, noise, timestep):
     return jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0
 
 
-def loss_weight(schedule: NoiseSchedule, timestep, weighting: str):
+def loss_weight(schedule: NoiseSchedule, timestep, weighting: str = "none", snr_gamma: float | None = None):
     """Factor of one clip's squared error. SNR is ᾱ / (1 - ᾱ); the error of the clean latents is that of the noise divided by it.
 
     none         1: as AnimateDiff was trained
-    min_snr      SNR held below 5, on the clean latents' error (Hang et al., 2023, arXiv:2303.09556): 1 at high noise
     inverse_snr  1 / SNR held between 0.1 and 10, on the noise's error: the clean latents' error but for both ends. Whether a
                  thing moves, and where, is decided at high noise, where the noise's own error hardly shows it
+    snr_gamma    instead: SNR held below it, on the clean latents' error (Hang et al., 2023, arXiv:2303.09556)
     """
     alpha = jnp.asarray(schedule.alphas_cumprod())[timestep]
     snr = alpha / (1 - alpha)
-    noise_weight = {
-        "none": jnp.ones_like(snr) if schedule.prediction_type == "epsilon" else (snr + 1) / snr,
-        "min_snr": jnp.minimum(snr, 5) / snr,
-        "inverse_snr": jnp.clip(1 / snr, 0.1, 10),
-    }[weighting]
-    return noise_weight if schedule.prediction_type == "epsilon" else noise_weight * snr / (snr + 1)
+    velocity = schedule.prediction_type == "v_prediction"
+    if snr_gamma is not None:
+        noise_weight = jnp.minimum(snr, snr_gamma) / snr
+    elif weighting == "inverse_snr":
+        noise_weight = jnp.clip(1 / snr, 0.1, 10)
+    else:
+        return jnp.ones_like(snr)
+    return noise_weight * snr / (snr + 1) if velocity else noise_weight  # the velocity's error is the noise's × (SNR + 1) / SNR

@@ -34,8 +34,8 @@ TEXT_UPDATES = 1500
 VAE_UPDATES = 1300
 DEVICES = 2  # that a CPU is split into: each works on half of a batch, which keeps two cores busier than one device does
 # (updates, clips an update, peak learning rate, its course, loss weighting, seed) of each run of train.py
-IMAGE_ROUNDS = [(2400, 32, 1.5e-3, "cosine", "none", 7)]
-MOTION_ROUNDS = []
+IMAGE_ROUNDS: list[tuple] = [(2400, 32, 1.5e-3, "cosine", "none", 7), (4800, 32, 1.5e-3, "cosine", "none", 8)]
+MOTION_ROUNDS: list[tuple] = []
 COMMON = ["--sft_type", "full", "--gradient_accumulation_steps", 1, "--eval_steps", 100_000, "--weight_decay", 0.0, "--sample_size", 64,
           "--sample_stride", 1, "--guidance_scale", 5, "--validation_prompts_path", EMBEDDED_PROMPTS]  # fmt: skip
 IMAGE_ARGUMENTS = ["--trainable_modules", ".*", "--sample_n_frames", 1, "--dataloader_num_workers", 2]
@@ -87,8 +87,9 @@ def train(base: Path, clips: Path, round: tuple, more: list, out: Path) -> dict:
     """One run of train.py; its last checkpoint becomes `out`/checkpoint."""
     updates, batch, rate, course, weighting, seed = round
     words = ["train.py", "--model_id_or_path", base, "--csv_path", clips / "clips.csv", "--video_folder", clips,
-             "--output_dir", out / "run", "--max_steps", updates, "--batch_size", batch // DEVICES, "--learning_rate", rate,
-             "--lr_scheduler_type", course, "--loss_weighting", weighting, "--seed", seed, *COMMON, *more]  # fmt: skip
+             "--latent_cache", clips.with_name("latents"), "--output_dir", out / "run", "--max_steps", updates,
+             "--batch_size", batch // DEVICES, "--learning_rate", rate, "--lr_scheduler_type", course,
+             "--loss_weighting", weighting, "--seed", seed, *COMMON, *more]  # fmt: skip
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
     done = subprocess.run([sys.executable, *map(str, words)], stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True, env=environment)
     Path(done.stdout.splitlines()[-1]).rename(out / "checkpoint")

@@ -66,7 +66,7 @@ class Scene:
     front: str | None = None  # the direction in which a thing of FRONTS looks
     x: float = 0.5
     y: float = 0.5
-    size: float = 0.18
+    size: float = 0.24
     velocity: tuple[float, float] = (0.0, 0.0)
     growth: float = 0.0  # logarithmic
     zoom: float = 0.0  # logarithmic, of the whole picture about its centre
@@ -152,9 +152,9 @@ def random_scene(rng: np.random.Generator, motion: str = "own") -> Scene:
         front=pick(FRONTS[thing]) if thing in FRONTS else None,
         x=rng.uniform(0.42, 0.58),
         y=rng.uniform(0.42, 0.58),
-        size=rng.uniform(0.14, 0.21),
+        size=rng.uniform(0.2, 0.28),
     )
-    speed, growth = rng.uniform(0.02, 0.034), rng.uniform(0.03, 0.055)
+    speed, growth = rng.uniform(0.018, 0.03), rng.uniform(0.03, 0.055)
     if motion == "own":
         motion = scene.front or str(rng.choice(MOTIONS, p=(0.04, 0.6, 0.18, 0.18)))
     if motion == "straight":
@@ -165,11 +165,11 @@ def random_scene(rng: np.random.Generator, motion: str = "own") -> Scene:
         across = rng.uniform(-0.2, 0.2)  # it runs along any line, not through the middle only
         return replace(scene, velocity=(speed * dx, speed * dy), x=scene.x + across * abs(dy), y=scene.y + across * abs(dx))
     if motion in ("growing", "shrinking", "still"):
-        x, y = rng.uniform(0.3, 0.7, 2)
+        x, y = rng.uniform(0.35, 0.65, 2)
         rate = {"growing": growth, "shrinking": -growth, "still": 0.0}[motion]
-        return replace(scene, growth=rate, size=rng.uniform(0.13, 0.18) if rate else scene.size, x=x, y=y)
+        return replace(scene, growth=rate, size=rng.uniform(0.16, 0.22) if rate else scene.size, x=x, y=y)
     if motion == "zoom in":
-        return replace(scene, zoom=growth, x=rng.uniform(0.35, 0.65), y=rng.uniform(0.35, 0.65), size=rng.uniform(0.1, 0.15))
+        return replace(scene, zoom=growth, x=rng.uniform(0.35, 0.65), y=rng.uniform(0.35, 0.65), size=rng.uniform(0.14, 0.2))
     if motion == "bouncing":
-        return replace(scene, bounce=rng.uniform(0.25, 0.35), phase=rng.uniform(0, 1), x=rng.uniform(0.3, 0.7))
-    return replace(scene, circle=rng.uniform(0.15, 0.22), phase=rng.uniform(0, 1))
+        return replace(scene, bounce=rng.uniform(0.2, 0.3), phase=rng.uniform(0, 1), x=rng.uniform(0.35, 0.65))
+    return replace(scene, circle=rng.uniform(0.12, 0.18), phase=rng.uniform(0, 1))

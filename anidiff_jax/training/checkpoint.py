@@ -1,13 +1,22 @@
-"""`checkpoints/iter-N`: the training state (Orbax), and what trained as diffusers reads it. Never the frozen base."""
+"""`checkpoints/iter-N`: the training state (Orbax), and what trained as diffusers reads it. Never the frozen base.
 
+A checkpoint is written beside the running updates, under a hidden name that becomes its own when it is whole.
+"""
+
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.models.config import is_motion_unet
+from anidiff_jax.parallel import is_main
+from anidiff_jax.training.push import Hub
+from anidiff_jax.training.runs import BEST, best_of, steps_in
 from anidiff_jax.training.setup import lora_dtype
 from anidiff_jax.training.state import TrainState
 from anidiff_jax.weights import files
@@ -18,27 +27,108 @@ from anidiff_jax.weights.merge import WEIGHTS
 from anidiff_jax.weights.tree import Tree, flatten, is_motion, merge, split
 
 
-def save_checkpoint(run: Path, state: TrainState, frozen_unet: Tree, model: Model, config: TrainConfig) -> Path:
-    """Writes iter-N and returns its path; it has this name only when it is whole.
+class Checkpoints:
+    """Writes a run's checkpoints one after the other in a thread of their own; only the main process writes.
 
-    In it: state/ (to go on training), and one of
+    An error in writing (a full disk) comes up at the next call; what was whole before stays.
+    """
+
+    def __init__(self, run: Path, model: Model, config: TrainConfig, hub: Hub):
+        self.folder, self.model, self.config, self.hub = run / "checkpoints", model, config, hub
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: Future | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._thread.shutdown()
+        if error[0] is None:
+            self.wait()
+
+    def save(self, state: TrainState, frozen_unet: Tree, validation_loss: float | None = None) -> None:
+        """Takes a copy of the state, which the next update may then overwrite, and returns; waits for the save before it."""
+        self.wait()
+        if is_main():
+            copied = jax.tree.map(lambda x: np.array(x), state)
+            self._pending = self._thread.submit(self._write, copied, frozen_unet, validation_loss)
+
+    def wait(self) -> None:
+        """Returns when all is written; raises what went wrong in writing."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            try:
+                pending.result()
+            except (OSError, ValueError) as error:  # Orbax's own error for a full disk is a ValueError
+                whole = steps_in(self.folder)
+                last = f"the last whole one is iter-{whole[-1]}" if whole else "there is no other"
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                raise UserError(f"a checkpoint could not be written to {self.folder} ({reason}); {last}: make room, then resume") from None
+
+    def _write(self, state: TrainState, frozen_unet: Tree, validation_loss: float | None) -> None:
+        step = int(state.step)
+        write_checkpoint(self.folder / f"iter-{step}", state, frozen_unet, self.model, self.config)
+        best = best_of(self.folder)
+        if validation_loss is not None and (best is None or validation_loss < best["validation_loss"]):
+            best = {"step": step, "validation_loss": validation_loss}
+            files.save_json(best, self.folder / BEST)
+        self.hub.saved(self.folder / f"iter-{step}", best is not None and best["step"] == step)
+        if self.config.save_total_limit is not None:
+            kept = {step} | ({best["step"]} if best else set())
+            others = [n for n in steps_in(self.folder) if n not in kept]
+            for old in others[: max(0, len(others) + len(kept) - self.config.save_total_limit)]:
+                shutil.rmtree(self.folder / f"iter-{old}", ignore_errors=True)
+
+
+def write_checkpoint(folder: Path, state: TrainState, frozen_unet: Tree, model: Model, config: TrainConfig) -> None:
+    """Writes a checkpoint; it has its name only when it is whole.
+
+    In it: state/ (to go on training), train_config.json, and one of
         config.json + diffusion_pytorch_model.safetensors      a MotionAdapter, or the UNet where other parts trained too
         pytorch_lora_weights.safetensors + adapter_config.json a LoRA
+    The latter hold the moving average where there is one.
     """
     import orbax.checkpoint as ocp
 
-    folder = run / "checkpoints" / f"iter-{int(state.step)}"
     header = {"trained_by": "anidiff-jax", "base_model": str(config.model_id_or_path or "embedded"), "step": str(int(state.step))}
     with files.written_whole(folder) as out:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((out / "state").absolute(), state)
+        with _orbax() as checkpointer:
+            checkpointer.save((out / "state").absolute(), ocp.args.PyTreeSave(state))
         if config.sft_type == "lora":
-            lora = jax.tree.map(lambda x: x.astype(lora_dtype(config)), state.params)
+            lora = jax.tree.map(lambda x: x.astype(lora_dtype(config)), state.best)
             save_lora(lora, out, config.lora_alpha, config.lora_dropout, header["base_model"], header)
         else:
-            save_unet_part(state.params, frozen_unet, model, out, header)
+            save_unet_part(state.best, frozen_unet, model, out, header)
         files.save_json(config.to_json(), out / "train_config.json")
-    return folder
+
+
+def _orbax():
+    """Orbax for this process alone: the state is the same in all of them."""
+    import orbax.checkpoint as ocp
+
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}")
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
+
+
+def restore(checkpoint: Path, state: TrainState) -> TrainState:
+    """The state that a checkpoint holds, as NumPy arrays; `state` says what is expected."""
+    import orbax.checkpoint as ocp
+
+    like = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), state)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    try:
+        with _orbax() as checkpointer:
+            found = checkpointer.restore((checkpoint / "state").absolute(), args=ocp.args.PyTreeRestore(shapes, restore_args=like))
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise UserError(f"{checkpoint} does not hold the state of such a run ({str(error).splitlines()[0][:200]})") from None
+    for (path, want), have in zip(jax.tree.leaves_with_path(shapes), jax.tree.leaves(found), strict=True):
+        if want.shape != have.shape:
+            name = jax.tree_util.keystr(path)
+            raise UserError(
+                f"{checkpoint}: {name} has shape {list(have.shape)}, this run needs {list(want.shape)}: take the run's own arguments"
+            )
+    return found
 
 
 def save_unet_part(trained: Tree, frozen_unet: Tree, model: Model, out: Path, header: dict[str, str]) -> None:

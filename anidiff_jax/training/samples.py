@@ -7,20 +7,26 @@ import numpy as np
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.data.records import Records
-from anidiff_jax.pipeline import AnimateDiffPipeline
+from anidiff_jax.pipeline import AnimateDiffPipeline, decode
 from anidiff_jax.scores import general_scores
 from anidiff_jax.sheets import contact_sheet
 from anidiff_jax.video import free_path, save_gif, slug
 from anidiff_jax.weights.files import save_json
+from anidiff_jax.weights.tree import Tree
 
 FPS = 8
 
 
-def save_sanity_check(batch: Mapping[str, np.ndarray], records: Records, folder: Path, most: int = 8) -> None:
-    """The first clips of a split batch as the network gets them, named by their captions."""
-    clips = batch["pixels"].reshape(-1, *batch["pixels"].shape[3:])  # devices micro-batches clips f h w c -> (…) f h w c
-    for i, (pixels, row) in enumerate(list(zip(clips, batch["row"].flat, strict=True))[:most]):
+def save_sanity_check(
+    batch: Mapping[str, np.ndarray], records: Records, pipeline: AnimateDiffPipeline, vae: Tree, folder: Path, most: int = 8
+) -> None:
+    """The first clips of a split batch as the network gets them, named by their captions; cached latents are decoded by the VAE."""
+    network = pipeline.model.networks.vae
+    frames = batch["pixels"] if "pixels" in batch else batch["mean"]
+    clips = frames.reshape(-1, *frames.shape[3:])  # devices micro-batches clips f h w c -> (…) f h w c
+    for i, (clip, row) in enumerate(list(zip(clips, batch["row"].flat, strict=True))[:most]):
         caption, name = records.captions[row], records.names[row]
+        pixels = clip if "pixels" in batch else decode(network, vae, (clip - network.config.shift_factor) * network.config.scaling_factor)
         save_gif(pixels, folder / f"{i}-{slug(caption)}.gif", FPS, {"caption": caption, "video": name})
 
 

@@ -6,14 +6,19 @@ from pathlib import Path
 import jax
 
 from anidiff_jax.config import TrainConfig
+from anidiff_jax.data.cache import LatentCache
+from anidiff_jax.data.loader import Videos
+from anidiff_jax.data.records import Records, read_records
 from anidiff_jax.errors import UserError
 from anidiff_jax.lora import init_lora, linear_layers, matches
 from anidiff_jax.models.config import fresh_motion_config, is_motion_unet, unet_config
 from anidiff_jax.models.init import shapes
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.unet import UNet
-from anidiff_jax.pipeline import check_size
+from anidiff_jax.pipeline import AnimateDiffPipeline, check_size
 from anidiff_jax.random import purpose
+from anidiff_jax.training.encode import fill_cache
+from anidiff_jax.training.step import Task
 from anidiff_jax.weights.base import EMBEDDED, EMBEDDED_CLIPS, Model, load_model
 from anidiff_jax.weights.files import read_json
 from anidiff_jax.weights.hub import resolve
@@ -67,15 +72,43 @@ def load(config: TrainConfig) -> Model:
         keep_float32=(lambda key: trains(key) and not is_buffer(key)) if config.sft_type == "full" else (lambda key: False),
         seed=config.seed,
     )
-    check_size(model, config.sample_n_frames, config.sample_size, config.sample_size)
+    check_size(model, config.sample_n_frames, config.height, config.width)
     return model
 
 
-def data_paths(config: TrainConfig) -> tuple[str | None, str | None]:
-    """(csv_path, video_folder); the embedded clips where the embedded model trains and nothing else is given."""
-    if config.embedded and config.csv_path is None and config.video_folder is None:
-        return str(EMBEDDED_CLIPS / "clips.csv"), str(EMBEDDED_CLIPS)
-    return config.csv_path, config.video_folder
+def records(config: TrainConfig) -> tuple[Records, Records | None]:
+    """(rows that train, rows that validate); the embedded clips where the embedded model trains and nothing else is given."""
+    table, folder = config.csv_path, config.video_folder
+    if config.embedded and table is None and folder is None:
+        table, folder = str(EMBEDDED_CLIPS / "clips.csv"), str(EMBEDDED_CLIPS)
+    rows = read_records(table, folder).drawn(config.dataset_sample_size, config.seed)
+    if config.validation_csv is not None:
+        return rows, read_records(config.validation_csv, folder)
+    if config.validation_fraction:
+        return rows.parted(config.validation_fraction, config.seed)
+    return rows, None
+
+
+def source(config: TrainConfig, records: Records, pipeline: AnimateDiffPipeline) -> Videos | LatentCache:
+    """Where clips come from: the videos, or their latents, which are encoded first where the cache lacks them."""
+    if config.latent_cache is None:
+        return Videos(records, config, lambda caption: pipeline.tokenize([caption])[0])
+    return fill_cache(Path(config.latent_cache).expanduser(), records, config, pipeline)
+
+
+def task(config: TrainConfig, model: Model) -> Task:
+    """What is computed, as the arguments say."""
+    return Task(
+        model.networks,
+        config.noise().for_base(model.scheduler),
+        config.seed,
+        lora_scale=config.lora_alpha / config.lora_rank if config.sft_type == "lora" else None,
+        lora_dtype=lora_dtype(config),
+        loss_weighting=config.loss_weighting,
+        snr_gamma=config.snr_gamma,
+        noise_offset=config.noise_offset,
+        ema_decay=config.ema_decay,
+    )
 
 
 def compute_dtype(config: TrainConfig) -> str:

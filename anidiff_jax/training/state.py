@@ -13,18 +13,32 @@ from anidiff_jax.config import TrainConfig
 
 @struct.dataclass
 class TrainState:
-    """Counts updates; `params` holds what trains and nothing else (motion modules, the whole UNet, or adapters)."""
+    """Counts updates; `params` holds what trains and nothing else (motion modules, the whole UNet, or adapters).
+
+    ema: a moving average of params, or None.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    ema: Any = None
 
     @classmethod
-    def create(cls, params, optimizer: optax.GradientTransformation) -> "TrainState":
-        return cls(jnp.int32(0), params, optimizer.init(params))
+    def create(cls, params, optimizer: optax.GradientTransformation, ema: bool = False) -> "TrainState":
+        return cls(jnp.int32(0), params, optimizer.init(params), jax.tree.map(jnp.copy, params) if ema else None)
 
-    def advance(self, params, opt_state) -> "TrainState":
-        return TrainState(self.step + 1, params, opt_state)
+    def advance(self, params, opt_state, ema_decay: float = 0.0) -> "TrainState":
+        """The next state. The average follows the first updates closely: it forgets no slower than (1 + step) / (10 + step)."""
+        ema = self.ema
+        if ema is not None:
+            decay = jnp.minimum(ema_decay, (1.0 + self.step) / (10.0 + self.step))
+            ema = jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, ema, params)
+        return TrainState(self.step + 1, params, opt_state, ema)
+
+    @property
+    def best(self) -> Any:
+        """What samples and exports use: the average where there is one."""
+        return self.params if self.ema is None else self.ema
 
 
 def learning_rate(config: TrainConfig, updates: int) -> optax.Schedule:

@@ -11,7 +11,7 @@ import optax
 from anidiff_jax.diffusion.schedule import NoiseSchedule, add_noise, loss_weight, target
 from anidiff_jax.lora import scaled
 from anidiff_jax.models.networks import Networks
-from anidiff_jax.models.vae import Posterior
+from anidiff_jax.models.vae import AutoencoderKL, Posterior
 from anidiff_jax.parallel import AXIS
 from anidiff_jax.random import purpose
 from anidiff_jax.training.state import TrainState
@@ -25,7 +25,8 @@ class Task:
     """What is computed, apart from weights and data.
 
     lora_scale: None when the UNet's own parameters train. lora_dtype: adapters are rounded to it before they are used.
-    loss_weighting: see `schedule.loss_weight`.
+    loss_weighting, snr_gamma: see `schedule.loss_weight`. noise_offset: deviation of a shift of each frame's and channel's noise.
+    ema_decay: of the moving average of what trains; 0 keeps none.
     """
 
     networks: Networks
@@ -34,6 +35,9 @@ class Task:
     lora_scale: float | None = None
     lora_dtype: str = "float32"
     loss_weighting: str = "none"
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    ema_decay: float = 0.0
 
     def unet_variables(self, trained: Tree, frozen: Tree) -> dict[str, Tree]:
         """Flax variables of the UNet from what trains and what does not."""
@@ -43,18 +47,27 @@ class Task:
         return {"params": frozen, "lora": scaled(lora, self.lora_scale)}
 
 
-def encode_clips(task: Task, frozen: dict[str, Tree], pixels, keys):
-    """uint8 frames (b, f, H, W, 3), a key a clip → latents (b, f, h, w, c), drawn from the VAE's posterior and scaled."""
-    vae = task.networks.vae
-    b, f, *image = pixels.shape
+def encode_frames(vae: AutoencoderKL, params: Tree, frames) -> Posterior:
+    """uint8 (n, H, W, 3) → Posterior of (n, h, w, c), a few frames at a time."""
 
     def encode(frame):
-        return jax.tree.map(lambda x: x[0], vae.apply({"params": frozen["vae"]}, frame[None] / 127.5 - 1, method="encode"))
+        return jax.tree.map(lambda x: x[0], vae.apply({"params": params}, frame[None] / 127.5 - 1, method="encode"))
 
+    return jax.lax.map(encode, frames, batch_size=min(FRAMES_AT_ONCE, len(frames)))
+
+
+def encode_clips(task: Task, frozen: dict[str, Tree], pixels, keys):
+    """uint8 frames (b, f, H, W, 3), a key a clip → latents (b, f, h, w, c), drawn from the VAE's posterior and scaled."""
+    b, f, *image = pixels.shape
     frames = pixels.reshape(b * f, *image)  # b f h w c -> (b f) h w c
-    posterior = jax.lax.map(encode, frames, batch_size=min(FRAMES_AT_ONCE, b * f))
-    clips = jax.tree.map(lambda x: x.reshape(b, f, *x.shape[1:]), posterior)  # (b f) h w c -> b f h w c
-    return (jax.vmap(Posterior.sample)(clips, keys) - vae.config.shift_factor) * vae.config.scaling_factor
+    posterior = encode_frames(task.networks.vae, frozen["vae"], frames)
+    return draw_latents(task, jax.tree.map(lambda x: x.reshape(b, f, *x.shape[1:]), posterior), keys)  # (b f) h w c -> b f h w c
+
+
+def draw_latents(task: Task, posterior: Posterior, keys):
+    """Posterior of (b, f, h, w, c), a key a clip → latents as the UNet knows them."""
+    config = task.networks.vae.config
+    return (jax.vmap(Posterior.sample)(posterior, keys) - config.shift_factor) * config.scaling_factor
 
 
 def denoising_loss(trained, frozen, task: Task, latents, text, keys):
@@ -67,7 +80,10 @@ def denoising_loss(trained, frozen, task: Task, latents, text, keys):
         for_step, for_noise, for_dropout = jax.random.split(key, 3)
         timestep = jax.random.randint(for_step, (), 0, task.schedule.num_train_timesteps)
         noise = jax.random.normal(for_noise, clip.shape)
-        weight = loss_weight(task.schedule, timestep, task.loss_weighting)
+        if task.noise_offset:
+            shift = jax.random.normal(jax.random.fold_in(for_noise, 1), (clip.shape[0], 1, 1, clip.shape[-1]))  # f 1 1 c
+            noise = noise + task.noise_offset * shift
+        weight = loss_weight(task.schedule, timestep, task.loss_weighting, task.snr_gamma)
         return add_noise(task.schedule, clip, noise, timestep), timestep, target(task.schedule, clip, noise, timestep), weight, for_dropout
 
     noisy, timesteps, answers, weights, for_dropout = jax.vmap(question)(latents, keys)
@@ -84,15 +100,22 @@ def denoising_loss(trained, frozen, task: Task, latents, text, keys):
 def make_update(task: Task, optimizer: optax.GradientTransformation) -> Callable:
     """update(state, frozen, batch) → (state, {"loss", "grad_norm"}) for one device among those of AXIS.
 
-    batch: pixels uint8 (micro-batches, clips, f, H, W, 3), ids (…, tokens), index (…) the clip's place in the stream. Every
-    random draw is keyed by it, so a clip's noise does not depend on which device gets it.
+    batch: pixels uint8 (micro-batches, clips, f, H, W, 3) and ids (…, tokens), or from the latent cache mean and std
+    (…, f, h, w, c) and text (…, tokens, d); index (…) the clip's place in the stream. Every random draw is keyed by it, so a
+    clip's noise does not depend on which device gets it.
     """
+
+    def inputs(frozen, clips, keys):
+        if "mean" in clips:
+            posterior = Posterior(clips["mean"].astype(jnp.float32), clips["std"].astype(jnp.float32))
+            return draw_latents(task, posterior, keys), clips["text"]
+        text = task.networks.text_encoder.apply({"params": frozen["text_encoder"]}, clips["ids"])
+        return encode_clips(task, frozen, clips["pixels"], keys), text
 
     def gradients(params, frozen, clips):  # one micro-batch
         keys = jax.vmap(lambda index: jax.random.fold_in(purpose(task.seed, "clip"), index))(clips["index"])
         keys = jax.vmap(jax.random.split)(keys)  # (clips, 2)
-        latents = encode_clips(task, frozen, clips["pixels"], keys[:, 0])
-        text = task.networks.text_encoder.apply({"params": frozen["text_encoder"]}, clips["ids"])
+        latents, text = inputs(frozen, clips, keys[:, 0])
         return jax.value_and_grad(denoising_loss)(params, frozen, task, latents, text, keys[:, 1])
 
     def update(state: TrainState, frozen: dict[str, Tree], batch: dict[str, Any]):
@@ -106,6 +129,6 @@ def make_update(task: Task, optimizer: optax.GradientTransformation) -> Callable
         loss, grads = jax.lax.pmean(jax.tree.map(lambda x: x / count, total), AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return state.advance(params, opt_state), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return state.advance(params, opt_state, task.ema_decay), {"loss": loss, "grad_norm": optax.global_norm(grads)}
 
     return update

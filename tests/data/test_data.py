@@ -10,9 +10,10 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
 from anidiff_jax.config import TrainConfig
-from anidiff_jax.data.decode import BadVideo, read_clip, square, window
-from anidiff_jax.data.loader import Clips, batches
+from anidiff_jax.data.decode import BadVideo, fit, read_clip, window
+from anidiff_jax.data.loader import Clips, Videos, batches
 from anidiff_jax.data.records import Records, read_records
+from anidiff_jax.data.strings import Strings
 from anidiff_jax.errors import UserError
 from anidiff_jax.shapes.clips import write_clips
 from anidiff_jax.shapes.render import Scene, render
@@ -31,7 +32,8 @@ def tokenize(caption):
 
 
 def clips_of(records, **config):
-    return Clips(records, TrainConfig(**{"sample_size": 16, "sample_n_frames": 4, "text_dropout_rate": 0.0, **config}), tokenize)
+    settings = TrainConfig(**{"sample_size": 16, "sample_n_frames": 4, "text_dropout_rate": 0.0, **config})
+    return Clips(records, settings.seed, Videos(records, settings, tokenize))
 
 
 def test_csv_formats(folder, tmp_path):
@@ -112,9 +114,11 @@ def test_frames_are_those_of_the_video(tmp_path):
     save_mp4(true, tmp_path / "a.mp4")
     frames = read_clip(tmp_path / "a.mp4", lambda n: np.array([0, n // 2, n - 1]))
     assert np.abs(frames.astype(int) - true[[0, 12, 23]]).mean() < 4
-    wide = np.concatenate([true, np.zeros_like(true[:, :, :32])], 2)[:, :, 16:80]  # 64 × 64 cut out of 64 × 96
-    assert square(np.concatenate([true, true], 2), 32).shape == (24, 32, 32, 3)
-    np.testing.assert_array_equal(square(wide, 64), wide)
+    wide = np.concatenate([true, np.zeros_like(true[:, :, :32])], 2)  # 64 × 96
+    np.testing.assert_array_equal(fit(wide, 64, 64), wide[:, :, 16:80])
+    np.testing.assert_array_equal(fit(wide, 32, 96), wide[:, 16:48])
+    assert fit(wide, 32, 48).shape == (24, 32, 48, 3)
+    assert np.abs(fit(wide, 32, 48)[0, :, :, 0].mean() - wide[0, :, :, 0].mean()) < 2
 
 
 def test_bad_videos_are_left_out_counted_and_named(folder, tmp_path, caplog):
@@ -173,7 +177,7 @@ def test_batches_are_a_function_of_the_seed(folder):
     records = read_records(str(folder / "clips.csv"), str(folder))
 
     def run(threads, seed=3, count=4, **config):
-        stream = batches(clips_of(records, seed=seed, dataloader_num_workers=threads, **config), 3)
+        stream = batches(clips_of(records, seed=seed, **config), 3, threads)
         return [next(stream) for _ in range(count)]
 
     one, four = run(1), run(4)
@@ -185,6 +189,49 @@ def test_batches_are_a_function_of_the_seed(folder):
     assert list(rows[:6]) != list(rows[6:])
     assert list(np.concatenate([batch["index"] for batch in one])) == list(range(12))
     assert any((a["pixels"] != b["pixels"]).any() for a, b in zip(one, run(1, seed=4), strict=True))
+
+
+def test_updates_follow_from_the_seed_and_their_number(folder, tmp_path):
+    """Gone on with in the middle, or shared by processes: the same clips, with one video in three unusable."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    records = read_records(str(tmp_path / "clips.csv"), str(tmp_path))
+    for name in records.names[:2]:
+        (tmp_path / name).write_bytes(b"")
+    fields = lambda batch: [batch[name] for name in ("index", "row", "pixels")]
+    stream = batches(clips_of(records), 4)
+    whole = [fields(next(stream)) for _ in range(6)]
+    assert all(set(row) <= {2, 3, 4, 5} for _, row, _ in whole)
+    later = batches(clips_of(records), 4, 2, first=3)
+    shares = [batches(clips_of(records), 4, 1, 0, process, 2) for process in (0, 1)]
+    for i, expected in enumerate(whole):
+        shared = [np.concatenate(parts) for parts in zip(*(fields(next(share)) for share in shares), strict=True)]
+        for a, b in zip(shared, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+        if i >= 3:
+            for a, b in zip(fields(next(later)), expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_a_validation_share(folder):
+    records = read_records(str(folder / "clips.csv"), str(folder))
+    rest, share = records.parted(0.3, seed=1)
+    assert (len(rest), len(share)) == (4, 2)
+    assert {*rest.names, *share.names} == {*records.names}
+    assert records.parted(0.3, seed=1)[1] == share
+    assert len(records.parted(0.01, seed=1)[1]) == len(records.parted(0.99, seed=1)[0]) == 1
+    with pytest.raises(UserError, match="cannot be parted"):
+        Records(folder, ["a.mp4"], ["a"]).parted(0.5, 1)
+
+
+def test_strings():
+    texts = ["", "a", "zwölf Boxkämpfer", "東京", "x" * 1000]
+    packed = Strings(texts)
+    assert list(packed) == texts
+    assert packed == texts
+    assert packed[-1] == texts[-1]
+    assert packed[1:4] == texts[1:4]
+    with pytest.raises(IndexError):
+        packed[5]
 
 
 def test_captions_and_flips(folder):

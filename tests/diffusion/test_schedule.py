@@ -69,10 +69,11 @@ def test_loss_weights(prediction_type):
     ours = NoiseSchedule(prediction_type=prediction_type)
     steps = torch.tensor([0, 10, 200, 500, 800, 999])
     snr = compute_snr(reference.ddim(prediction_type=prediction_type), steps).numpy()
-    weight = lambda kind: np.asarray(loss_weight(ours, steps.numpy(), kind))
+    weight = lambda *kind: np.asarray(loss_weight(ours, steps.numpy(), *kind))
     velocity = prediction_type == "v_prediction"
     np.testing.assert_allclose(weight("none"), 1, rtol=1e-5)
-    np.testing.assert_allclose(weight("min_snr"), np.minimum(snr, 5) / (snr + 1 if velocity else snr), rtol=1e-4)
+    np.testing.assert_allclose(weight("none", 5.0), np.minimum(snr, 5) / (snr + 1 if velocity else snr), rtol=1e-4)
+    assert (weight("none", 1.0) <= weight("none", 5.0)).all()
     # Between its limits inverse_snr is the squared error of the clean latents, whatever the network predicts.
     middle = (snr > 0.1) & (snr < 10)
     assert middle.sum() >= 2

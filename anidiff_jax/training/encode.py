@@ -1,0 +1,143 @@
+"""Makes the latent cache (see `data/cache.py`): decodes, encodes, writes shard after shard.
+
+Shard i holds rows i · SHARD and following; it has its name when it is whole, so an interrupted encoding goes on with those that
+are missing. Every process makes its own share of the shards, on all of its devices.
+"""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.progress import track
+from safetensors.numpy import save, save_file
+
+from anidiff_jax.config import TrainConfig
+from anidiff_jax.data.cache import NO_TEXT, SHARD, LatentCache, shard_name, shards_of
+from anidiff_jax.data.decode import BadVideo, read_whole
+from anidiff_jax.data.records import Records
+from anidiff_jax.errors import UserError
+from anidiff_jax.parallel import is_main, on_each_device, wait_for_all
+from anidiff_jax.pipeline import AnimateDiffPipeline, encode_text
+from anidiff_jax.training.step import FRAMES_AT_ONCE, encode_frames
+from anidiff_jax.weights import files
+
+
+def fill_cache(folder: Path, records: Records, config: TrainConfig, pipeline: AnimateDiffPipeline) -> LatentCache:
+    """Encodes what the cache in `folder` lacks, over all devices and processes, and opens it.
+
+    A cache made from other clips, at another size or with another base model is a UserError that says what differs.
+    """
+    half = pipeline.dtype != "float32"
+    _claim(folder, recipe(records, config, pipeline, half))
+    mine = range(jax.process_index(), shards_of(records), jax.process_count())
+    missing = [i for i in mine if not (folder / shard_name(i)).is_file()]
+    rows = [row for i in missing for row in range(i * SHARD, min((i + 1) * SHARD, len(records)))]
+    if rows:
+        _write(folder, rows, _encoded(folder, rows, records, config, pipeline, np.dtype("float16" if half else "float32")))
+    wait_for_all("latent cache")
+    return LatentCache(folder, records, config)
+
+
+def recipe(records: Records, config: TrainConfig, pipeline: AnimateDiffPipeline, half: bool) -> dict[str, Any]:
+    """What the contents of a cache follow from."""
+    rows = hashlib.sha256()
+    for name, caption in zip(records.names, records.captions, strict=True):
+        rows.update(f"{name}\0{caption}\0".encode())
+    return {
+        "clips": rows.hexdigest(),
+        "base_model": _hash_of(pipeline.model.params["vae"], pipeline.model.params["text_encoder"]),
+        "sample_size": config.sample_size,
+        "random_flip": config.random_flip,
+        "dtype": "float16" if half else "float32",
+    }
+
+
+def _hash_of(*trees) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _claim(folder: Path, wanted: dict[str, Any]) -> None:
+    """Makes the folder a cache of this recipe, or sees that it is one."""
+    path = folder / "cache.json"
+    if path.is_file():
+        found = files.read_json(path)
+        other = [name for name, value in wanted.items() if found.get(name) != value]
+        if other:
+            said = ", ".join(f"{name} {found.get(name)}" if len(str(found.get(name))) < 20 else f"other {name}" for name in other)
+            raise UserError(f"latent_cache {folder} was made with {said}: give another folder, or delete this one")
+    elif is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        files.save_json(wanted, path)
+    wait_for_all("latent cache begun")
+
+
+def _write(folder: Path, rows: list[int], encoded: Iterable[dict[str, np.ndarray]]) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    videos = iter(track(encoded, "encoding", len(rows), disable=not is_main()))
+    for i in sorted({row // SHARD for row in rows}):
+        aside = folder / f".{shard_name(i)}.part{jax.process_index()}"
+        writer = ArrayRecordWriter(str(aside), "group_size:1")
+        for _ in [row for row in rows if row // SHARD == i]:
+            writer.write(save(next(videos)))
+        writer.close()
+        os.replace(aside, folder / shard_name(i))
+
+
+def _encoded(
+    folder: Path, rows: list[int], records: Records, config: TrainConfig, pipeline: AnimateDiffPipeline, dtype
+) -> Iterator[dict[str, np.ndarray]]:
+    """Each video of `rows` as it is stored."""
+    networks, params, devices = pipeline.model.networks, pipeline.model.params, jax.local_device_count()
+    encode = on_each_device(lambda vae, _, frames: encode_frames(networks.vae, vae, frames))
+
+    def posterior(frames: np.ndarray, way: str = "") -> dict[str, np.ndarray]:
+        whole = devices * FRAMES_AT_ONCE
+        parts = []
+        for start in range(0, len(frames), whole):  # one shape, so one compilation
+            part = frames[np.minimum(np.arange(start, start + whole), len(frames) - 1)]
+            parts.append(jax.tree.map(np.asarray, encode(params["vae"], None, part.reshape(devices, FRAMES_AT_ONCE, *part.shape[1:]))))
+        joined = [np.concatenate([p[i].reshape(whole, *p[i].shape[2:]) for p in parts])[: len(frames)] for i in (0, 1)]
+        return {f"{way}mean": joined[0].astype(dtype), f"{way}std": joined[1].astype(dtype)}
+
+    def text(caption: str) -> np.ndarray:
+        states = encode_text(networks.text_encoder, params["text_encoder"], pipeline.tokenize([caption]))
+        return np.asarray(states[0]).astype(dtype)
+
+    if is_main():
+        save_file({"text": text("")}, folder / NO_TEXT)
+    for row, frames in zip(rows, _decoded(rows, records, config), strict=True):
+        if isinstance(frames, str):
+            yield {"reason": np.frombuffer(frames.encode(), np.uint8)}
+        else:
+            flipped = posterior(frames[:, :, ::-1], "flipped_") if config.random_flip else {}
+            yield {**posterior(frames), **flipped, "text": text(records.captions[row])}
+
+
+def _decoded(rows: list[int], records: Records, config: TrainConfig) -> Iterator[np.ndarray | str]:
+    """All frames of each video, (frames, side, side, 3), or why it cannot be used; a few videos ahead."""
+
+    def decode(row: int) -> np.ndarray | str:
+        try:
+            return read_whole(records.folder / records.names[row], config.height, config.width)
+        except BadVideo as bad:
+            return str(bad)
+
+    with ThreadPoolExecutor(config.dataloader_num_workers) as threads:
+        ahead: deque = deque()
+        for row in rows:
+            ahead.append(threads.submit(decode, row))
+            if len(ahead) > config.dataloader_num_workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

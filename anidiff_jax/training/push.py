@@ -1,0 +1,85 @@
+"""Checkpoints → a repository on the Hugging Face Hub, with a card and a sample. What goes wrong here never harms the training."""
+
+import logging
+from pathlib import Path
+
+from anidiff_jax.config import TrainConfig
+from anidiff_jax.training.runs import best_of
+
+log = logging.getLogger(__name__)
+
+PRIVATE = ("csv_path", "video_folder", "validation_csv", "latent_cache", "output_dir", "validation_prompts_path", "resume_from_checkpoint")
+
+
+class Hub:
+    """Pushes by the strategy that was asked for; without push_to_hub it does nothing. The token is never written anywhere."""
+
+    def __init__(self, config: TrainConfig, clips: int):
+        self.config, self.clips = config, clips
+        self._pushed: Path | None = None
+
+    def saved(self, checkpoint: Path, is_best: bool) -> None:
+        """After each checkpoint."""
+        if self.config.push_to_hub and self.config.push_hub_strategy == "all_checkpoints":
+            self._push(checkpoint, f"{checkpoint.name}/")
+        elif self.config.push_to_hub and self.config.push_hub_strategy == "push_best" and is_best:
+            self._push(checkpoint)
+
+    def finished(self, last: Path) -> None:
+        """After the run: the last checkpoint, where it is wanted, or where there was no validation to find a best one."""
+        if not self.config.push_to_hub or self.config.push_hub_strategy == "all_checkpoints":
+            return
+        best = best_of(last.parent) if self.config.push_hub_strategy == "push_best" else None
+        wanted = last.parent / f"iter-{best['step']}" if best else last
+        if wanted != self._pushed and wanted.is_dir():
+            self._push(wanted)
+
+    def _push(self, checkpoint: Path, prefix: str = "") -> None:
+        from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+        c = self.config
+        token = c.hub_token or get_token()
+        try:
+            api = HfApi(token=token)
+            repo = api.create_repo(c.hub_model_id or "", private=c.hub_private_repo, exist_ok=True).repo_id
+            own = [path for path in checkpoint.iterdir() if path.is_file() and path.name != "train_config.json"]
+            added: list[tuple[str, Path | bytes]] = [(prefix + path.name, path) for path in sorted(own)]
+            sample = next(iter(sorted((checkpoint.parent.parent / "samples" / checkpoint.name).glob("*.gif"))), None)
+            if sample is not None:
+                added.append((f"{prefix}sample.gif", sample))
+            added.append((f"{prefix}README.md", card(c, checkpoint, self.clips, sample is not None).encode()))
+            operations = [CommitOperationAdd(name, str(x) if isinstance(x, Path) else x) for name, x in added]
+            api.create_commit(repo, operations, commit_message=f"{checkpoint.name} of {checkpoint.parent.parent.name}")
+            self._pushed = checkpoint
+            log.info("pushed %s to %s", checkpoint, repo)
+        except Exception as error:  # of many kinds; the training matters more
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            log.warning("%s could not be pushed to %s: %s", checkpoint, c.hub_model_id, reason.replace(token, "…") if token else reason)
+
+
+def card(config: TrainConfig, checkpoint: Path, clips: int, sample: bool) -> str:
+    """The model card of a checkpoint. Of paths on this machine it says the last name only."""
+    from huggingface_hub import ModelCardData
+
+    source = lambda place: None if place is None else Path(place).name if Path(place).exists() else place
+    base = source(config.model_id_or_path)
+    on_hub = base if base == config.model_id_or_path else None
+    tags = ["animatediff", "text-to-video", *(["lora"] if config.sft_type == "lora" else [])]
+    given = {name: value for name, value in config.to_json().items() if name in config.given and name not in PRIVATE}
+    given |= {name: source(given[name]) for name in ("model_id_or_path", "motion_adapter_id_or_path") if name in given}
+    kind = "LoRA for AnimateDiff" if config.sft_type == "lora" else "AnimateDiff weights"
+    lines = ["---", ModelCardData(base_model=on_hub, library_name="diffusers", tags=tags).to_yaml(), "---", "", f"# {kind}", ""]
+    if sample:
+        lines += ["![a sample](sample.gif)", ""]
+    lines += [
+        f"- base model: {base or 'the tiny model that anidiff-jax ships'}",
+        f"- motion adapter: {source(config.motion_adapter_id_or_path) or 'none given'}",
+        f"- clips: {clips}, of {config.sample_n_frames} frames, {config.height} × {config.width} pixels, stride {config.sample_stride}",
+        f"- updates: {checkpoint.name[5:]}, with anidiff-jax",
+        "",
+        "Settings that were given:",
+        "",
+        *(f"- `{name}`: {value}" for name, value in sorted(given.items())),
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,92 @@
+"""The folder of a run: how it begins, what its checkpoints are called, and where it is gone on with."""
+
+import json
+import math
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from anidiff_jax.config import TrainConfig
+from anidiff_jax.errors import UserError
+from anidiff_jax.weights import files
+
+LOG = "metrics.jsonl"
+BEST = "best.json"  # {"step", "validation_loss"} of the checkpoint with the lowest validation loss
+
+
+def run_folder(config: TrainConfig, checkpoint: Path | None) -> Path:
+    """The folder to write to, with config.json in it.
+
+    A new run's is <output_dir>/ad-<time>/, never one that exists. The last checkpoint of a run is gone on from in its own folder,
+    whose log is cut back to it; an earlier one in a new folder that begins with the log up to it, so that nothing is lost.
+    """
+    if checkpoint is None:
+        run = _new_folder(config)
+    else:
+        old, step = checkpoint.parent.parent, int(checkpoint.name[5:])
+        run = old if steps_in(checkpoint.parent)[-1] == step else _new_folder(config)
+        write_log(run, log_until(old, step))
+    files.save_json(config.to_json(), run / "config.json")
+    return run
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        run = Path(config.output_dir).expanduser() / f"ad-{stamp}{suffix}"
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"output_dir {config.output_dir} cannot be written: {error.strerror}") from None
+        return run
+    raise UserError(f"output_dir {config.output_dir} holds a hundred runs of this second")
+
+
+def log_until(run: Path, step: int) -> list[str]:
+    """The lines of a run's log up to an update; a killed run may have left the last one half written."""
+
+    def step_of(line: str) -> float:
+        try:
+            return json.loads(line)["step"]
+        except ValueError:
+            return math.inf
+
+    path = run / LOG
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [line for line in lines if step_of(line) <= step]
+
+
+def write_log(run: Path, lines: list[str]) -> None:
+    aside = run / f".{LOG}.part"
+    aside.write_text("".join(lines), encoding="utf-8")
+    aside.replace(run / LOG)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The updates of which `folder` holds whole checkpoints, in order."""
+    return sorted(int(path.name[5:]) for path in folder.glob("iter-*") if path.name[5:].isdecimal() and path.is_dir())
+
+
+def best_of(folder: Path) -> dict[str, Any] | None:
+    """What best.json says, where there is one."""
+    path = folder / BEST
+    return files.read_json(path) if path.is_file() else None
+
+
+def find_checkpoint(where: str, output_dir: str) -> Path:
+    """The checkpoint to go on from: iter-N itself, the last one of a run's folder, or "latest", of the newest run of output_dir."""
+    if where == "latest":
+        runs = sorted(Path(output_dir).expanduser().glob("ad-*"), key=lambda run: run.stat().st_mtime, reverse=True)
+        candidates = [run for run in runs if steps_in(run / "checkpoints")]
+        if not candidates:
+            raise UserError(f"resume_from_checkpoint latest: no run in {output_dir} has a checkpoint; leave the argument out to begin one")
+        where = str(candidates[0])
+    path = Path(where).expanduser()
+    if (path / "state").is_dir():
+        return path
+    for folder in (path, path / "checkpoints"):
+        if steps := steps_in(folder):
+            return folder / f"iter-{steps[-1]}"
+    raise UserError(f"resume_from_checkpoint {where} holds no checkpoint: give a run's folder (output/ad-…), or a checkpoint iter-N in it")
