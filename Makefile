@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check
 
-.PHONY: demo test evaluate check clean
+.PHONY: demo test soak evaluate check clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/core  ## clips, a LoRA, a GIF, the merged adapter: the whole line in minutes
@@ -9,6 +9,9 @@ demo: .venv/core  ## clips, a LoRA, a GIF, the merged adapter: the whole line in
 
 test: .venv/test  ## parity with PyTorch, and everything else
 	.venv/bin/python -m pytest
+
+soak: .venv/test  ## the tests that take long: kill and resume at random moments, millions of rows
+	.venv/bin/python -m pytest -m soak
 
 evaluate: .venv/dev  ## does training work? the long evaluations of the embedded world, as tables
 	.venv/bin/python benchmarks/shapes.py

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from anidiff_jax.config import SampleConfig, parse
+from anidiff_jax.arguments import parse
+from anidiff_jax.config import SampleConfig
 from anidiff_jax.errors import UserError, run_script
 
 

@@ -13,7 +13,8 @@ import logging
 import math
 from pathlib import Path
 
-from anidiff_jax.config import TrainConfig, parse
+from anidiff_jax.arguments import parse
+from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import run_script
 
 

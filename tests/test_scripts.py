@@ -147,13 +147,14 @@ def test_config_files_and_the_command_line(script, base, clips, tmp_path):
     path.write_text(
         f"model_id_or_path: {base}\ncsv_path: {clips / 'clips.csv'}\nvideo_folder: {clips}\nmax_steps: 7\nlearning_rate: 1.0e-3\n"
     )
-    from anidiff_jax.config import TrainConfig, parse
+    from anidiff_jax.arguments import parse
+    from anidiff_jax.config import TrainConfig
 
     config = parse(TrainConfig, [str(path), "--max_steps", "3"])
-    assert (config.max_steps, config.learning_rate, config.sample_size, config.model_id_or_path) == (3, 1e-3, 256, str(base))
+    assert (config.max_steps, config.learning_rate, config.sample_size, config.model_id_or_path) == (3, 1e-3, "256", str(base))
     (tmp_path / "run.json").write_text(json.dumps({"mixed_precision": False, "lora_rank": 4, "csv_path": None}))
     config = parse(TrainConfig, [str(tmp_path / "run.json")])
-    assert (config.mixed_precision, config.lora_rank, config.sample_size, config.guidance_scale) == (False, 4, 64, 5.0)
+    assert (config.mixed_precision, config.lora_rank, config.sample_size, config.guidance_scale) == (False, 4, "64", 5.0)
     assert parse(TrainConfig, ["--gradient_checkpointing", "--mixed_precision", "false"]).gradient_checkpointing is True
 
 
@@ -164,7 +165,7 @@ def test_every_argument_and_default_of_the_reference():
     shared = {
         "motion_adapter_id_or_path": None, "motion_adapter_revision": None, "model_id_or_path": None, "model_revision": None,
         "sft_type": "lora", "seed": 42, "ignore_args_error": False, "validation_prompts_path": None,
-        "enable_xformers_memory_efficient_attention": True, "num_inference_steps": 25, "guidance_scale": 8.0, "sample_size": 256,
+        "enable_xformers_memory_efficient_attention": True, "num_inference_steps": 25, "guidance_scale": 8.0, "sample_size": "256",
         "sample_stride": 4, "sample_n_frames": 16, "motion_num_attention_heads": 8, "motion_max_seq_length": 32,
         "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "steps_offset": 1,
         "clip_sample": False,
@@ -185,9 +186,9 @@ def test_every_argument_and_default_of_the_reference():
 
 
 def test_the_table_of_arguments_is_up_to_date():
-    from anidiff_jax.config import as_markdown
+    from anidiff_jax.arguments import as_markdown
 
-    assert (ROOT / "docs" / "arguments.md").read_text() == as_markdown(), "python -m anidiff_jax.config > docs/arguments.md"
+    assert (ROOT / "docs" / "arguments.md").read_text() == as_markdown(), "python -m anidiff_jax.arguments > docs/arguments.md"
 
 
 MISTAKES = {
@@ -238,7 +239,8 @@ def test_mistakes_about_models(script, base, clips, tmp_path):
 
 
 def test_notebooks_may_ignore_unknown_arguments(caplog):
-    from anidiff_jax.config import SampleConfig, parse
+    from anidiff_jax.arguments import parse
+    from anidiff_jax.config import SampleConfig
 
     assert parse(SampleConfig, ["--f", "kernel.json", "--ignore_args_error", "true"]).seed == 42
     assert "unknown argument --f" in caplog.text

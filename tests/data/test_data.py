@@ -3,6 +3,7 @@
 import logging
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -244,3 +245,27 @@ def test_captions_and_flips(folder):
     dropped = [clips_of(records, text_dropout_rate=0.5)(i, 0)["ids"][0] == 0 for i in range(40)]
     assert 10 < sum(dropped) < 30
     assert not any(never(i, 0)["ids"][0] == 0 for i in range(10))
+
+
+@pytest.mark.soak
+def test_ten_million_rows(tmp_path):
+    """In a process of its own, so that its memory can be measured: less than a minute, less than 4 GB."""
+    names = [f"{i}.mp4" for i in range(1000)]
+    for name in names:
+        (tmp_path / name).touch()
+    with (tmp_path / "clips.csv").open("w") as file:
+        file.write("name,contentUrl\n")
+        for i in range(10_000_000):
+            file.write(f"a caption of about sixty letters as they are found on the web {i},https://host/path/{names[i % 1000]}\n")
+    program = f"""
+import resource, time
+start = time.monotonic()
+from anidiff_jax.data.records import read_records
+records = read_records({str(tmp_path / "clips.csv")!r}, {str(tmp_path)!r})
+print(len(records), time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, records.captions[9_999_999][-7:])
+"""
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert int(out[0]) == 10_000_000
+    assert float(out[1]) < 60
+    assert float(out[2]) < 4
+    assert out[3] == "9999999"

@@ -36,7 +36,9 @@ def wild(tmp_path_factory):
     ffmpeg("-f", "lavfi", "-i", "testsrc=s=64x64:d=0.2:r=10", folder / "short.mp4")
     ffmpeg("-f", "lavfi", "-i", "testsrc=s=97x55:d=2:r=12", "-pix_fmt", "yuv444p", folder / "odd_size.mp4")
     ffmpeg("-display_rotation", "90", "-i", good, "-c", "copy", folder / "rotated.mp4")
-    ffmpeg("-f", "lavfi", "-i", "testsrc=s=64x64:d=2:r=12", "-vf", r"select=not(between(n\,5\,12))", "-fps_mode", "vfr", folder / "uneven.mp4")
+    ffmpeg(
+        "-f", "lavfi", "-i", "testsrc=s=64x64:d=2:r=12", "-vf", r"select=not(between(n\,5\,12))", "-fps_mode", "vfr", folder / "uneven.mp4"
+    )
     names = ["truncated", "empty", "text", "sound", "short", "odd_size", "rotated", "uneven"]
     with (folder / "clips.csv").open("a", newline="") as file:
         csv.writer(file).writerows([f"caption of {name}", f"{name}.mp4"] for name in names)

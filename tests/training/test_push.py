@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from anidiff_jax.config import TrainConfig, parse
+from anidiff_jax.arguments import parse
+from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.training.push import Hub, card
 

@@ -1,0 +1,143 @@
+"""Command lines, JSON and YAML files → settings; `--help` and docs/arguments.md from the same words."""
+
+import difflib
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import Field, field, fields, make_dataclass
+from pathlib import Path
+from typing import Literal, TypeVar, get_args, get_origin
+
+from anidiff_jax.config import EMBEDDED_DEFAULTS, SECTIONS, SampleConfig, TrainConfig
+from anidiff_jax.errors import UserError, read_text
+
+log = logging.getLogger(__name__)
+
+Config = TypeVar("Config", TrainConfig, SampleConfig)
+
+
+def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """Command line → config. A JSON or YAML file may come first; what follows it on the command line wins.
+
+    Raises UserError for a value or an argument that does not exist; `--ignore_args_error true` makes the latter a warning.
+    """
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message):  # argparse would print a page
+            raise UserError(f"{message} (see --help)")
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].endswith((".json", ".yaml", ".yml")) and not words[0].startswith("-"):
+        words = _words_of_file(Path(words[0]).expanduser()) + words[1:]
+    words = _words_of_run(words) + words
+    groups = [_as_group(title, members) for title, members in sections(kind).items()]
+    parser = Parser(groups, allow_abbrev=False, usage="%(prog)s [settings.yaml | settings.json] [--name value …]", description=kind.__doc__)  # type: ignore[arg-type]
+    namespace, rest = parser.parse_known_args(words)
+    known = {f.name for f in fields(kind) if f.init}
+    named = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    given = {name.removeprefix("no_") if name not in known else name for name in named} & known
+    if "lora_dropout_p" in named:
+        given.add("lora_dropout")
+    values = vars(namespace)
+    if rest:
+        messages = [_unknown(word, known) for word in rest if word.startswith("-")] or [_unknown(rest[0], known)]
+        if not values["ignore_args_error"]:
+            raise UserError(messages[0])
+        for message in messages:
+            log.warning("%s; ignored", message)
+    if values["model_id_or_path"] is None:
+        values.update({name: value for name, value in EMBEDDED_DEFAULTS.items() if name not in given and name in values})
+    config = kind(**{name: value for name, value in values.items() if name in known})
+    object.__setattr__(config, "given", frozenset(given))
+    return config
+
+
+def sections(kind: type) -> dict[str, list[Field]]:
+    """Heading → the arguments under it."""
+    found: dict[str, list[Field]] = {}
+    for f in fields(kind):
+        if f.name in SECTIONS:
+            title = SECTIONS[f.name]
+        if f.init:
+            found.setdefault(title, []).append(f)
+    return found
+
+
+def _as_group(title: str, members: list[Field]) -> type:
+    """The same arguments as a dataclass of their own, the form in which HfArgumentParser takes a group."""
+    copies = [(f.name, f.type, field(default=f.default, metadata={**f.metadata})) for f in members]
+    group = make_dataclass("Group", copies)
+    group._argument_group_name = title  # type: ignore[attr-defined]
+    return group
+
+
+def _unknown(word: str, known: set[str]) -> str:
+    name = word.lstrip("-").split("=")[0]
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"unknown argument {word.split('=')[0]}" + (f": did you mean --{near[0]}?" if near else " (see --help)")
+
+
+def _words_of_run(words: list[str]) -> list[str]:
+    """Where a run is gone on with, its own arguments, which those on the command line may change."""
+    given = dict(itertools.pairwise(words)) | dict(w.split("=", 1) for w in words if w.startswith("--") and "=" in w)
+    where = given.get("--resume_from_checkpoint")
+    if where is None:
+        return []
+    from anidiff_jax.training.runs import find_checkpoint
+
+    checkpoint = find_checkpoint(where, given.get("--output_dir", TrainConfig.output_dir))
+    return _words_of_file(checkpoint / "train_config.json")
+
+
+def _words_of_file(path: Path) -> list[str]:
+    """A config file as the words of a command line; of a run's own, what was given then."""
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist")
+    text = read_text(path)
+    try:
+        if path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            import yaml
+
+            values = yaml.safe_load(text)
+    except Exception as error:  # json's and yaml's own kinds
+        raise UserError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} must hold names and values at its top level")
+    values = {name: value for name, value in values.items() if name in values.pop("given", values)}
+    written = {True: "true", False: "false"}
+    return [f"--{k}={written[v] if isinstance(v, bool) else v}" for k, v in values.items() if v is not None]
+
+
+def as_markdown() -> str:
+    """docs/arguments.md: python -m anidiff_jax.arguments > docs/arguments.md"""
+    lines = [
+        "# Arguments",
+        "",
+        "Give them as `--name value`; booleans also as a bare `--name`. A JSON or YAML file with names and values may come first;",
+        "what follows it wins. Names and defaults are those of ModelScope SWIFT's AnimateDiff scripts, as far as it has them;",
+        "[differences.md](differences.md) says where ours mean something else. With no `--model_id_or_path`, the embedded tiny model",
+        "is taken, and these defaults change with it:",
+        ", ".join(f"`{k} {v}`" for k, v in EMBEDDED_DEFAULTS.items()) + ".",
+    ]
+    both = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(SampleConfig)}
+    for script, kind in (("train.py", TrainConfig), ("sample.py", SampleConfig)):
+        for title, members in sections(kind).items():
+            of_both = members[0].name in both
+            if of_both and kind is SampleConfig:
+                continue
+            lines += ["", f"## {title} ({'both' if of_both else script})", "", "| argument | default | meaning |", "|---|---|---|"]
+            for f in members:
+                default = str(f.default).lower() if isinstance(f.default, bool) else "none" if f.default in (None, "") else f.default
+                choices = get_args(f.type) if get_origin(f.type) is Literal else ()
+                meaning = f.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+                lines.append(f"| `{f.name}` | {default} | {meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

@@ -1,0 +1,51 @@
+"""Two processes of two devices do what one process of four does; when one dies, the other ends."""
+
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from tests.training.runs import finish, log_of, short_run, start, state_of, wait_for
+
+
+@pytest.fixture(scope="module")
+def command(base, adapter, tmp_path_factory):
+    return [*short_run(base, adapter, tmp_path_factory.mktemp("videos"), 4), "--ddp_backend", "gloo"]
+
+
+def start_two(*words):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    cluster = lambda i: ["--coordinator_address", address, "--num_processes", "2", "--process_id", i]
+    return [start(*words, *cluster(i), devices=2) for i in (0, 1)]
+
+
+def test_two_processes_do_what_one_does(command, tmp_path):
+    one = finish(start(*command, "--output_dir", tmp_path / "one", devices=4))
+    first, second = start_two(*command, "--output_dir", tmp_path / "two")
+    two = finish(first)
+    out, err = second.communicate(timeout=60)
+    assert (second.returncode, out) == (0, ""), err
+    assert len(list((tmp_path / "two").iterdir())) == 1  # only process 0 writes
+    ours, theirs = state_of(two), state_of(one)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=2e-3, atol=2e-6, err_msg=name)
+    for a, b in zip(log_of(two.parent.parent), log_of(one.parent.parent), strict=True):
+        assert a.keys() == b.keys()
+        assert a["step"] == b["step"]
+        if "loss" in a:
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_when_one_dies_the_other_ends(command, tmp_path):
+    first, second = start_two(*command, "--output_dir", tmp_path, "--max_steps", "100000")
+    wait_for(first, tmp_path, lambda run: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 2)
+    second.kill()
+    second.wait()
+    clock = time.monotonic()
+    _, err = first.communicate(timeout=90)
+    assert time.monotonic() - clock < 60
+    assert first.returncode != 0, err
