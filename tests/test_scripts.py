@@ -59,12 +59,18 @@ def test_the_four_commands(script, base, adapter, clips, tmp_path):
     validation = ["--validation_prompts_path", prompts(tmp_path)]
     full = f"--model_id_or_path {base} --sft_type full --lr_scheduler_type constant --trainable_modules .*motion_modules.* --batch_size 2"
     full += " --eval_steps 100 --gradient_accumulation_steps 2 --motion_num_attention_heads 2"
-    code, printed, _ = script("train.py", *full.split(), *data(clips), *TRAIN, *validation, "--output_dir", out / "full")
+    code, printed, _ = script("train.py", *full.split(), *data(clips), *TRAIN, *validation, "--output_dir", out / "full",
+                              "--use_tensorboard", "true")  # fmt: skip
     assert code == 0
     checkpoint = Path(printed[-1])
     assert checkpoint.name == "iter-2"
     run = checkpoint.parent.parent
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "sanity_check", "samples", "checkpoints"}
+    left = {"config.json", "metrics.jsonl", "sanity_check", "samples", "checkpoints", "curves.png", "report.md", "tensorboard"}
+    assert {p.name for p in run.iterdir()} == left
+    assert "| an update |" in (run / "report.md").read_text()
+    assert "samples/iter-2/sheet.png" in (run / "report.md").read_text()
+    assert min(Image.open(run / "curves.png").size) > 200
+    assert list((run / "tensorboard").glob("events.*"))
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     *updates, scores = log
     assert [entry["step"] for entry in log] == [1, 2, 2]
@@ -205,7 +211,12 @@ MISTAKES = {
     "no prompts file": (["--validation_prompts_path", "none.txt"], "none.txt does not exist"),
     "no config file": (["none.yaml"], "config file none.yaml does not exist"),
     "no videos": (["--video_folder", "none"], "video_folder none is not a folder"),
-    "hub": (["--push_to_hub", "true"], "push_to_hub is not built yet"),
+    "hub": (["--push_to_hub", "true"], "push_to_hub needs --hub_model_id owner/name"),
+    "two weightings": (["--snr_gamma", "5", "--loss_weighting", "inverse_snr"], "goes with loss_weighting none"),
+    "two validations": (["--validation_fraction", "0.1", "--validation_csv", "a.csv"], "give one"),
+    "half a cluster": (["--num_processes", "2"], "coordinator_address, num_processes and process_id go together"),
+    "nothing to go on with": (["--resume_from_checkpoint", "latest"], "has a checkpoint; leave the argument out"),
+    "no size": (["--sample_size", "16x"], "is not a size: give pixels"),
 }
 
 

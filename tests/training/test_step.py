@@ -16,7 +16,7 @@ from anidiff_jax.diffusion.schedule import NoiseSchedule
 from anidiff_jax.parallel import data_parallel, replicate, split_batch
 from anidiff_jax.training import setup
 from anidiff_jax.training.state import TrainState, learning_rate, make_optimizer
-from anidiff_jax.training.step import Task, encode_clips, make_update
+from anidiff_jax.training.step import Task, denoising_loss, encode_clips, make_update
 from anidiff_jax.weights.tree import flatten
 from tests.reference import close
 
@@ -127,3 +127,48 @@ def test_learning_rates_are_those_of_transformers(kind):
         scheduler.step()
     np.testing.assert_allclose(rate, theirs, rtol=1e-5, atol=1e-10)
     assert learning_rate(config, 1)(0) == pytest.approx(3e-4)  # a run of one update learns
+
+
+def test_the_moving_average(load, batch):
+    """Follows what trains: after each update ema = decay · ema + (1 - decay) · params, the first ones followed more closely."""
+    config, task, trained, frozen = load("lora", trainable_modules="mid_block.*attn1.to_q")
+    optimizer = make_optimizer(config, 10)
+    update = data_parallel(make_update(replace(task, ema_decay=0.3), optimizer), jax.local_devices()[:1])
+    state = TrainState.create(jax.tree.map(jnp.array, trained), optimizer, ema=True)
+    expected = {k: np.asarray(v) for k, v in flatten(trained).items()}
+    for i in range(4):
+        state, _ = update(state, frozen, split_batch({**batch, "index": batch["index"] + np.uint32(100 * i)}, 1, 1))
+        decay = min(0.3, (1 + i) / (10 + i))
+        expected = {k: decay * v + (1 - decay) * np.asarray(flatten(state.params)[k]) for k, v in expected.items()}
+    assert decay == 0.3
+    for name, value in flatten(state.best).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-7)
+        if ".lora_B." in name:  # it lags
+            assert np.abs(value - flatten(state.params)[name]).max() > 1e-6
+
+
+def test_offset_noise(load):
+    """Shifts each channel of each frame, and nothing else."""
+    _, task, trained, frozen = load("lora", trainable_modules="mid_block.*attn1.to_q")
+    captured = []
+    networks = replace(task.networks, unet=Recorder(task.networks.unet, captured))
+    latents, text = np.zeros((1, 3, 4, 4, 4), np.float32), np.zeros((1, 77, 24), np.float32)
+    key = jax.random.key(0)[None]
+    for offset in (0.0, 0.5):
+        denoising_loss(trained, frozen, replace(task, networks=networks, noise_offset=offset), latents, text, key)
+    plain, shifted = captured  # the latents are zero: what the network sees is the noise times a constant
+    difference = np.asarray(shifted - plain)
+    assert np.abs(difference).max() > 0.01
+    np.testing.assert_allclose(difference, np.broadcast_to(difference[:, :, :1, :1], difference.shape), atol=1e-5)
+    assert len(np.unique(difference.round(5))) == 3 * 4
+
+
+class Recorder:
+    """A network that keeps what it is shown."""
+
+    def __init__(self, network, captured):
+        self.settings, self.captured = network.settings, captured
+
+    def apply(self, variables, sample, timesteps, text):
+        self.captured.append(sample)
+        return sample
