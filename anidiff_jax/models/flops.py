@@ -10,8 +10,8 @@ import jax
 def count_flops(function: Callable, *arguments: Any) -> int:
     """Of one call with arguments of these shapes (arrays or jax.ShapeDtypeStruct); nothing is computed.
 
-    What is not a product or a convolution is left out: about one in a hundred. A fast algorithm for a convolution
-    (`convolution.winograd`) counts as what it does, not as what it stands for; pass `plain` networks to count the latter.
+    What is not a product or a convolution is left out: about one in a hundred. A fast algorithm (`convolution.winograd`) counts
+    as what it does; where the plain convolution is meant, count in bfloat16, which has none.
     """
     return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
 

@@ -3,6 +3,7 @@
 import json
 import resource
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.models.flops import count_flops
+from anidiff_jax.models.unet import UNet
 from anidiff_jax.training.runs import LOG, best_of
 from anidiff_jax.training.step import Task, denoising_loss
 from anidiff_jax.weights.tree import Tree
@@ -19,7 +21,9 @@ SMOOTH = 20  # updates
 
 
 def flops_of_update(task: Task, trained: Tree, frozen: dict[str, Tree], config: TrainConfig, clips: int) -> int:
-    """Of the UNet, forward and backward, as the model needs them: gradient checkpointing's second forward pass does not count."""
+    """Of the UNet, forward and backward, as the model needs them: what gradient checkpointing repeats does not count."""
+    settings = replace(task.networks.unet.settings, dtype="bfloat16", remat=False)  # float32 has fast convolutions on CPUs
+    task = replace(task, networks=replace(task.networks, unet=UNet(task.networks.unet.config, settings)))
     vae, unet, text = task.networks.vae.config, task.networks.unet.config, task.networks.text_encoder.config
     h, w = config.height // vae.factor, config.width // vae.factor
     shape = jax.ShapeDtypeStruct
