@@ -85,7 +85,7 @@ def make_model() -> None:
             files.save(random(tree), out / name / f"{stem}.safetensors")
         write_tokenizer(out / "tokenizer", WORDS)
         (out / "scheduler").mkdir()
-        files.save_json(SCHEDULER, out / "scheduler" / "scheduler_config.json")
+        files.save_json({**SCHEDULER, "prediction_type": "epsilon"}, out / "scheduler" / "scheduler_config.json")
         files.save_json(INDEX, out / "model_index.json")
 
 

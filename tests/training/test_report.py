@@ -1,0 +1,78 @@
+"""What a run leaves to look at."""
+
+import json
+import struct
+
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from anidiff_jax.config import TrainConfig
+from anidiff_jax.errors import UserError
+from anidiff_jax.training.report import Report
+from anidiff_jax.training.summary import cost_of, write_report
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    return tmp_path
+
+
+def fill(run, **settings) -> Report:
+    config = TrainConfig(seed=7, **settings)
+    with Report(run, config, 4, clips_per_update=2) as report:
+        for step in range(1, 5):
+            report.update(step, 1 / step, 0.5, 1e-3)
+            if step % 2 == 0:
+                report.scores(step, {"validation_loss": 2 / step, "validation_loss_0": 1 / step, "motion_degree": 0.25})
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "best.json").write_text('{"step": 4, "validation_loss": 0.5}')
+    for step in (2, 4):
+        (run / "samples" / f"iter-{step}").mkdir(parents=True)
+    write_report(run, config, cost_of(report.entries, 10**12, waited=3.0))
+    return report
+
+
+def test_curves_cost_samples_and_settings(run):
+    fill(run)
+    page = (run / "report.md").read_text()
+    assert "| updates | 4 |" in page
+    assert "TFLOP/s" in page
+    assert "0.50000 at update 4" in page
+    assert page.index("samples/iter-2/") < page.index("samples/iter-4/")
+    assert "| seed | 7 |" in page
+    width, height = Image.open(run / "curves.png").size
+    assert width > 3 * height  # three panels side by side
+
+
+def test_other_writers_get_the_same(run):
+    fill(run, use_tensorboard=True, use_wandb=True)
+    expected = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = scalars(next((run / "tensorboard").glob("events.*")).read_bytes())
+    for entry in expected:
+        for name, value in entry.items():
+            assert found[entry["step"], name] == pytest.approx(value), (entry["step"], name)
+    (offline,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    assert b"validation_loss" in offline.read_bytes()
+
+
+def scalars(data: bytes) -> dict:
+    """(step, name) → value of a TensorBoard file: records of length, checksum, protobuf, checksum."""
+    found = {}
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        found.update({(event.step, value.tag): value.simple_value for value in event.summary.value})
+        data = data[16 + length :]
+    return found
+
+
+def test_a_missing_writer_is_said(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="use_tensorboard needs the package tensorboardX"):
+        TrainConfig(use_tensorboard=True)
+    with pytest.raises(UserError, match="use_wandb needs the package wandb"):
+        TrainConfig(use_wandb=True)
