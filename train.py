@@ -100,6 +100,7 @@ def main() -> None:
     if checkpoint is None and is_main():
         save_sanity_check(batch, records, pipeline, on_one_device(frozen)["vae"], run / "sanity_check")
     with Report(run, config, updates, per_update, done) as report, Checkpoints(run, model, config, hub) as checkpoints, Stop() as stop:
+        save = lambda scores: checkpoints.save(on_one_device(state), on_one_device(frozen)["unet"], scores.get("validation_loss"))
         for step in range(done + 1, updates + 1):
             state, metrics = update(state, frozen, to_devices(batch))
             if step < updates:
@@ -107,17 +108,19 @@ def main() -> None:
             report.update(step, float(metrics["loss"]), float(metrics["grad_norm"]), float(rate(step - 1)))  # waits for them
 
             last, asked, scores = step == updates, stop.asked(step), {}
-            if (last or step % config.eval_steps == 0) and is_main() and not asked:
+            if asked:  # first what must not be lost
+                save(scores)
+                checkpoints.wait()
+            if (last or step % config.eval_steps == 0) and is_main():
                 scores = examine(step)
                 report.scores(step, scores)
-            if last or asked or step % (config.save_steps or config.eval_steps) == 0:
-                checkpoints.save(on_one_device(state), on_one_device(frozen)["unet"], scores.get("validation_loss"))
+            if last or step % (config.save_steps or config.eval_steps) == 0 or (asked and scores):
+                save(scores)
             if asked:
                 log.warning("asked to end (SIGTERM): saved at update %d, go on with --resume_from_checkpoint %s", step, run)
                 break
         if updates == 0 and is_main():
-            examine(0)
-            checkpoints.save(on_one_device(state), on_one_device(frozen)["unet"])
+            save(examine(0))
     if clips.skipped:
         log.warning("%d of %d videos could not be used", len(clips.skipped), len(records))
     if is_main():

@@ -108,7 +108,8 @@ def _words_of_file(path: Path) -> list[str]:
         raise UserError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"config file {path} must hold names and values at its top level")
-    values = {name: value for name, value in values.items() if name in values.pop("given", values)}
+    given = values.pop("given", values)
+    values = {name: value for name, value in values.items() if name in given}
     written = {True: "true", False: "false"}
     return [f"--{k}={written[v] if isinstance(v, bool) else v}" for k, v in values.items() if v is not None]
 

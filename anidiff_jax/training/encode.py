@@ -52,7 +52,7 @@ def recipe(records: Records, config: TrainConfig, pipeline: AnimateDiffPipeline,
     return {
         "clips": rows.hexdigest(),
         "base_model": _hash_of(pipeline.model.params["vae"], pipeline.model.params["text_encoder"]),
-        "sample_size": config.sample_size,
+        "sample_size": f"{config.height}x{config.width}",
         "random_flip": config.random_flip,
         "dtype": "float16" if half else "float32",
     }

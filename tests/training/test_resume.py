@@ -88,4 +88,4 @@ def test_what_cannot_be_gone_on_with(whole, tmp_path):
     _, err = process.communicate()
     assert process.returncode == 2
     assert "has shape" in err
-    assert "leave out what you changed" in err
+    assert "take the run's own arguments" in err
