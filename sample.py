@@ -27,8 +27,8 @@ def main() -> None:
     from anidiff_jax.training.report import start_log
     from anidiff_jax.video import free_path, save_gif
 
-    start_log()
     set_up_jax()
+    start_log()
     folder = Path(config.output_path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before anything is computed
     settings = {"negative_prompt": config.negative_prompt, **config.sampling()}

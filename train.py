@@ -24,10 +24,10 @@ def main() -> None:
     from anidiff_jax.parallel import data_parallel, is_main, join_cluster, on_one_device, replicate, set_up_jax, split_batch, to_devices
     from anidiff_jax.training.report import Report, start_log
 
-    start_log()
-    log = logging.getLogger("anidiff_jax")
     set_up_jax(config.ddp_backend, config.deterministic)
     join_cluster(config.coordinator_address, config.num_processes, config.process_id)
+    start_log()
+    log = logging.getLogger("anidiff_jax")
 
     import jax
 
@@ -107,7 +107,8 @@ def main() -> None:
                 batch = next_batch()  # read while the devices work
             report.update(step, float(metrics["loss"]), float(metrics["grad_norm"]), float(rate(step - 1)))  # waits for them
 
-            last, asked, scores = step == updates, stop.asked(step), {}
+            last, asked = step == updates, stop.asked(step)
+            scores: dict[str, float] = {}
             if asked:  # first what must not be lost
                 save(scores)
                 checkpoints.wait()

@@ -95,8 +95,8 @@ def main() -> None:
     from anidiff_jax.parallel import set_up_jax
     from anidiff_jax.training.report import start_log
 
-    start_log()
     set_up_jax()
+    start_log()
     start = time.perf_counter()
     pipeline = load(args)
     asked = prompts(args.videos, things=args.things)

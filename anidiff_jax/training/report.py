@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 
 def start_log() -> None:
-    """Our messages to the terminal, above the bar."""
+    """Our messages to the terminal, above the bar; those of the main process. Call after `set_up_jax`."""
     handler: logging.Handler = logging.StreamHandler()
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=NullHighlighter())
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("anidiff_jax")
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if is_main() else logging.ERROR)
     logger.propagate = False
 
 
