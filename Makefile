@@ -11,7 +11,7 @@ test: .venv/test  ## parity with PyTorch, and everything else
 	.venv/bin/python -m pytest
 
 soak: .venv/test  ## the tests that take long: kill and resume at random moments, millions of rows
-	.venv/bin/python -m pytest -m soak
+	.venv/bin/python -m pytest -m soak -n 0
 
 evaluate: .venv/dev  ## does training work? the long evaluations of the embedded world, as tables
 	.venv/bin/python benchmarks/shapes.py
