@@ -35,8 +35,8 @@ TEXT_UPDATES = 1500
 VAE_UPDATES = 1300
 DEVICES = 2  # that a CPU is split into: each works on half of a batch, which keeps two cores busier than one device does
 IMAGE_BATCH, MOTION_BATCH = 32, 8  # clips an update
-# What differs between the runs of train.py. The first two saw things a third smaller than they are now (the first), and learned colours
-# and backgrounds, but not outlines: the plain loss looks at high noise, where these are not decided yet.
+# What differs between the runs of train.py. The first two learned colours and backgrounds, hardly outlines: the plain loss of the velocity
+# looks at high noise, where these are not decided yet. (When the first was run, things were drawn a third smaller than now.)
 IMAGE_ROUNDS: list[dict] = [
     {"max_steps": 2400, "learning_rate": 1.5e-3, "seed": 7},
     {"max_steps": 4800, "learning_rate": 1.5e-3, "seed": 8},
