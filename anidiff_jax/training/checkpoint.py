@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import UserError
@@ -59,7 +60,7 @@ class Checkpoints:
             pending, self._pending = self._pending, None
             try:
                 pending.result()
-            except (OSError, ValueError) as error:  # Orbax's own error for a full disk is a ValueError
+            except (OSError, ValueError, SafetensorError) as error:  # Orbax's own error for a full disk is a ValueError
                 whole = steps_in(self.folder)
                 last = f"the last whole one is iter-{whole[-1]}" if whole else "there is no other"
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,70 @@
+"""Writing beside the updates: what goes wrong comes up, and leaves what was whole before."""
+
+import errno
+
+import jax.numpy as jnp
+import pytest
+
+from anidiff_jax.config import TrainConfig
+from anidiff_jax.errors import UserError
+from anidiff_jax.training import checkpoint
+from anidiff_jax.training.push import Hub
+from anidiff_jax.training.runs import best_of, steps_in
+from anidiff_jax.training.state import TrainState
+
+
+@pytest.fixture
+def write(monkeypatch):
+    """Stands in for the files: writes a folder, or fails as a full disk does."""
+    full = []
+
+    def write_checkpoint(folder, state, *_):
+        with checkpoint.files.written_whole(folder) as out:
+            (out / "state").write_text(str(state.params["x"]))
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", write_checkpoint)
+    return full
+
+
+def state(step: int) -> TrainState:
+    return TrainState(jnp.int32(step), {"x": jnp.float32(step)}, ())
+
+
+def test_a_full_disk_leaves_the_last_good_one(write, tmp_path):
+    config = TrainConfig()
+    with checkpoint.Checkpoints(tmp_path, None, config, Hub(config, 1)) as checkpoints:
+        checkpoints.save(state(2), {})
+        checkpoints.wait()
+        write.append("full")
+        checkpoints.save(state(4), {})  # comes up at the next call
+        with pytest.raises(UserError, match=r"No space left on device\); the last whole one is iter-2: make room, then resume"):
+            checkpoints.save(state(6), {})
+    assert steps_in(tmp_path / "checkpoints") == [2]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iter-2"]
+
+
+def test_what_was_saved_is_what_was_then(write, tmp_path):
+    """The updates go on, and overwrite the state, while it is written."""
+    config = TrainConfig()
+    with checkpoint.Checkpoints(tmp_path, None, config, Hub(config, 1)) as checkpoints:
+        for step in (1, 2, 3):
+            now = state(step)
+            checkpoints.save(now, {})
+            now.params["x"].delete()  # as donation does
+    assert [(tmp_path / "checkpoints" / f"iter-{i}" / "state").read_text() for i in (1, 2, 3)] == ["1.0", "2.0", "3.0"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [(1, [3, 6]), (2, [3, 6]), (3, [3, 5, 6]), (None, [1, 2, 3, 4, 5, 6])],
+)
+def test_retention_never_deletes_the_best_or_the_last(write, tmp_path, limit, kept):
+    config = TrainConfig(save_total_limit=limit)
+    losses = [0.5, 0.4, 0.1, 0.3, None, 0.2]
+    with checkpoint.Checkpoints(tmp_path, None, config, Hub(config, 1)) as checkpoints:
+        for step, loss in enumerate(losses, 1):
+            checkpoints.save(state(step), {}, loss)
+    assert steps_in(tmp_path / "checkpoints") == kept
+    assert best_of(tmp_path / "checkpoints") == {"step": 3, "validation_loss": 0.1}
