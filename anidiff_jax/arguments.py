@@ -82,13 +82,14 @@ def _unknown(word: str, known: set[str]) -> str:
 
 def _words_of_run(words: list[str]) -> list[str]:
     """Where a run is gone on with, its own arguments, which those on the command line may change."""
-    given = dict(itertools.pairwise(words)) | dict(w.split("=", 1) for w in words if w.startswith("--") and "=" in w)
-    where = given.get("--resume_from_checkpoint")
+    pairs = [*itertools.pairwise(words), *(word.split("=", 1) for word in words if "=" in word)]
+    given = {name.replace("-", "_"): value for name, value in pairs if name.startswith("--")}  # argparse takes either spelling
+    where = given.get("__resume_from_checkpoint")
     if where is None:
         return []
     from anidiff_jax.training.runs import find_checkpoint
 
-    checkpoint = find_checkpoint(where, given.get("--output_dir", TrainConfig.output_dir))
+    checkpoint = find_checkpoint(where, given.get("__output_dir", TrainConfig.output_dir))
     return _words_of_file(checkpoint / "train_config.json")
 
 

@@ -48,11 +48,11 @@ def make_model() -> None:
     """Writes the model, every parameter random: no norm of one, no bias or projection of zero."""
     import jax
 
-    from anidiff_jax.models.clip import CLIPTextModel
-    from anidiff_jax.models.config import clip_config, fresh_motion_config, unet_config, vae_config
+    from anidiff_jax.models.clip import CLIPTextModel, clip_config
+    from anidiff_jax.models.config import fresh_motion_config, unet_config
     from anidiff_jax.models.init import draw, shapes
     from anidiff_jax.models.unet import UNet
-    from anidiff_jax.models.vae import AutoencoderKL
+    from anidiff_jax.models.vae import AutoencoderKL, vae_config
     from anidiff_jax.shapes.tiny_model import INDEX, SCHEDULER, WORDS
     from anidiff_jax.shapes.tokenizer import write_tokenizer
     from anidiff_jax.weights import files

@@ -161,6 +161,11 @@ def test_config_files_and_the_command_line(script, base, clips, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"mixed_precision": False, "lora_rank": 4, "csv_path": None}))
     config = parse(TrainConfig, [str(tmp_path / "run.json")])
     assert (config.mixed_precision, config.lora_rank, config.sample_size, config.guidance_scale) == (False, 4, "64", 5.0)
+    (tmp_path / "ad-1" / "checkpoints" / "iter-3" / "state").mkdir(parents=True)
+    (tmp_path / "ad-1" / "checkpoints" / "iter-3" / "train_config.json").write_text('{"lora_rank": 4, "seed": 9, "given": ["lora_rank"]}')
+    for words in (["--resume_from_checkpoint", "latest"], ["--resume-from-checkpoint=latest"]):  # the run's own arguments
+        config = parse(TrainConfig, [*words, "--output-dir", str(tmp_path), "--max_steps", "3"])
+        assert (config.lora_rank, config.seed, config.max_steps) == (4, 42, 3)
     assert parse(TrainConfig, ["--gradient_checkpointing", "--mixed_precision", "false"]).gradient_checkpointing is True
 
 

@@ -1,6 +1,6 @@
 """Video file → frames of one clip."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,18 +34,21 @@ def read_clip(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarray:
 
 def read_whole(path: Path, height: int, width: int) -> np.ndarray:
     """Every frame of a video, cut and resized to (frames, height, width, 3); only some at a time are held in its own size."""
-    length = 0
+    return np.concatenate([fit(part, height, width) for part in read_parts(path)])
 
-    def part(start: int) -> np.ndarray:
-        def choose(n: int) -> np.ndarray:
-            nonlocal length
-            length = n
-            return np.arange(start, min(start + FRAMES_AT_ONCE, n))
 
-        return fit(read_clip(path, choose), height, width)
+def read_parts(path: Path) -> Iterator[np.ndarray]:
+    """Every frame of a video in its own size, FRAMES_AT_ONCE after FRAMES_AT_ONCE; BadVideo as `read_clip` raises it."""
+    start, length = 0, 1
 
-    first = part(0)
-    return np.concatenate([first, *(part(start) for start in range(FRAMES_AT_ONCE, length, FRAMES_AT_ONCE))])
+    def choose(n: int) -> np.ndarray:
+        nonlocal length
+        length = n
+        return np.arange(start, min(start + FRAMES_AT_ONCE, n))
+
+    while start < length:
+        yield read_clip(path, choose)
+        start += FRAMES_AT_ONCE
 
 
 def timestamps(path: Path) -> np.ndarray | None:

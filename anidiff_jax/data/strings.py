@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 
 class Strings(Sequence):
-    """Read-only; item i is decoded when it is asked for."""
+    """Grows at its end only; item i is decoded when it is asked for."""
 
     def __init__(self, texts: Iterable[str] = ()):
         self._bytes, self._ends = bytearray(), array("q", [0])

@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import track
 
 from anidiff_jax.config import TrainConfig
-from anidiff_jax.data.decode import FRAMES_AT_ONCE, BadVideo, read_clip, timestamps
+from anidiff_jax.data.decode import BadVideo, read_parts, timestamps
 from anidiff_jax.data.records import Records
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights.files import save_json
@@ -39,16 +39,9 @@ class Finding:
 
 def look_at(path: Path, least_frames: int, alive=lambda: None) -> Finding:
     """Decodes all of a video, some frames at a time; calls `alive` after each part."""
-    frames, shape, length = 0, (0, 0), 1
-
-    def choose(n: int) -> np.ndarray:
-        nonlocal length
-        length = n
-        return np.arange(frames, min(frames + FRAMES_AT_ONCE, n))
-
+    frames, shape = 0, (0, 0)
     try:
-        while frames < length:
-            part = read_clip(path, choose)
+        for part in read_parts(path):
             frames, shape = frames + len(part), part.shape[1:3]
             alive()
         if frames < least_frames:

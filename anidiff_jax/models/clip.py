@@ -1,17 +1,55 @@
 """The text encoder of CLIP (Radford et al., 2021): token ids → text states. Pre-norm, causal, without padding mask."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from anidiff_jax.errors import UserError
 from anidiff_jax.models.attention import attend
-from anidiff_jax.models.config import CLIPTextConfig
 from anidiff_jax.models.layers import DECLARED, Dense, LayerNorm, Settings
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    max_length: int
+    hidden_act: str
+    eps: float
+
+
+def clip_config(raw: Mapping[str, Any], where: str = "text_encoder/config.json") -> CLIPTextConfig:
+    """Resolves a CLIPTextModel config (other keys of transformers do not touch the text states)."""
+    raw = raw.get("text_config", raw)
+    if raw.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
+        raise UserError(f"{where}: model_type {raw['model_type']!r} is not supported: a CLIP text encoder is expected")
+    act = raw.get("hidden_act", "quick_gelu")
+    if act not in ("quick_gelu", "gelu"):
+        raise UserError(f"{where}: hidden_act={act!r} is not supported (known: quick_gelu, gelu)")
+    if raw.get("hidden_size", 512) % raw.get("num_attention_heads", 8):
+        raise UserError(f"{where}: num_attention_heads {raw['num_attention_heads']} does not divide hidden_size {raw['hidden_size']}")
+    return CLIPTextConfig(
+        vocab_size=raw.get("vocab_size", 49408),
+        hidden_size=raw.get("hidden_size", 512),
+        intermediate_size=raw.get("intermediate_size", 2048),
+        layers=raw.get("num_hidden_layers", 12),
+        heads=raw.get("num_attention_heads", 8),
+        max_length=raw.get("max_position_embeddings", 77),
+        hidden_act=act,
+        eps=raw.get("layer_norm_eps", 1e-5),
+    )
 
 
 class Table(nn.Module):

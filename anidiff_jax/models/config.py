@@ -74,38 +74,6 @@ class MotionConfig:
         }
 
 
-@dataclass(frozen=True)
-class VAEConfig:
-    in_channels: int
-    out_channels: int
-    latent_channels: int
-    channels: tuple[int, ...]
-    layers_per_block: int
-    norm_groups: int
-    scaling_factor: float
-    shift_factor: float
-    quant_conv: bool
-    post_quant_conv: bool
-    mid_attention: bool
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent along a side."""
-        return 2 ** (len(self.channels) - 1)
-
-
-@dataclass(frozen=True)
-class CLIPTextConfig:
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    max_length: int
-    hidden_act: str
-    eps: float
-
-
 # Keys that may only say what we compute; a missing key says so. `None` in a config means the same as missing.
 _UNET_FIXED = {
     "act_fn": ("silu", "swish"),
@@ -157,12 +125,6 @@ _MOTION_READ = {
     "motion_transformer_layers_per_mid_block", "use_motion_mid_block",
     "motion_activation_fn", "motion_attention_bias", "motion_cross_attention_dim",  # legacy, never read by diffusers either
 }  # fmt: skip
-_VAE_FIXED = {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)}
-_VAE_READ = {
-    "block_out_channels", "down_block_types", "force_upcast", "in_channels", "latent_channels", "layers_per_block",
-    "mid_block_add_attention", "norm_num_groups", "out_channels", "sample_size", "scaling_factor", "shift_factor",
-    "up_block_types", "use_post_quant_conv", "use_quant_conv",
-}  # fmt: skip
 
 
 def is_motion_unet(raw: Mapping[str, Any]) -> bool:
@@ -172,8 +134,8 @@ def is_motion_unet(raw: Mapping[str, Any]) -> bool:
 
 def unet_config(raw: Mapping[str, Any], motion: MotionConfig | None, where: str = "unet/config.json") -> UNetConfig:
     """Resolves a UNet2DConditionModel or UNetMotionModel config, with the motion modules of `motion` (None: an image model)."""
-    _check(raw, _UNET_FIXED, _UNET_READ, where)
-    get = _getter(raw)
+    check_keys(raw, _UNET_FIXED, _UNET_READ, where)
+    get = getter(raw)
     channels = tuple(get("block_out_channels", (320, 640, 1280, 1280)))
     count = len(channels)
     down_types = get("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
@@ -240,7 +202,7 @@ def motion_config(raw: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], g
     raw: config.json of a MotionAdapter or a UNetMotionModel ({} for a bare file). groups: the UNet's, which diffusers uses here too.
     """
     if not is_motion_unet(raw):
-        _check(raw, {}, _MOTION_READ, where)
+        check_keys(raw, {}, _MOTION_READ, where)
     if raw.get("conv_in_channels"):
         raise UserError(f"{where}: conv_in_channels={raw['conv_in_channels']} (a PIA adapter, with its own first layer) is not supported")
     depth: dict[tuple[str, int], int] = {}  # (block, module) → transformer blocks in it
@@ -286,7 +248,7 @@ def motion_config(raw: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], g
 
 def fresh_motion_config(raw_unet: Mapping[str, Any], heads: int, max_frames: int, mid_block: bool = True) -> MotionConfig:
     """Motion modules to train from nothing in this UNet: one transformer block each, the structure of v2."""
-    get = _getter(raw_unet)
+    get = getter(raw_unet)
     channels = tuple(get("block_out_channels", (320, 640, 1280, 1280)))
     layers = _per_block(get("layers_per_block", 2), len(channels), "layers_per_block", "unet/config.json")
     for width in channels:
@@ -303,51 +265,7 @@ def fresh_motion_config(raw_unet: Mapping[str, Any], heads: int, max_frames: int
     )
 
 
-def vae_config(raw: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
-    """Resolves an AutoencoderKL config."""
-    _check(raw, _VAE_FIXED, _VAE_READ, where)
-    get = _getter(raw)
-    for kind in (*get("down_block_types", ()), *get("up_block_types", ())):
-        if kind not in ("DownEncoderBlock2D", "UpDecoderBlock2D"):
-            raise UserError(f"{where}: block type {kind!r} is not supported (known: DownEncoderBlock2D, UpDecoderBlock2D)")
-    return VAEConfig(
-        in_channels=get("in_channels", 3),
-        out_channels=get("out_channels", 3),
-        latent_channels=get("latent_channels", 4),
-        channels=tuple(get("block_out_channels", (64,))),
-        layers_per_block=get("layers_per_block", 1),
-        norm_groups=get("norm_num_groups", 32),
-        scaling_factor=get("scaling_factor", 0.18215),
-        shift_factor=get("shift_factor", 0.0),
-        quant_conv=get("use_quant_conv", True),
-        post_quant_conv=get("use_post_quant_conv", True),
-        mid_attention=get("mid_block_add_attention", True),
-    )
-
-
-def clip_config(raw: Mapping[str, Any], where: str = "text_encoder/config.json") -> CLIPTextConfig:
-    """Resolves a CLIPTextModel config (other keys of transformers do not touch the text states)."""
-    raw = raw.get("text_config", raw)
-    if raw.get("model_type", "clip_text_model") not in ("clip_text_model", "clip"):
-        raise UserError(f"{where}: model_type {raw['model_type']!r} is not supported: a CLIP text encoder is expected")
-    act = raw.get("hidden_act", "quick_gelu")
-    if act not in ("quick_gelu", "gelu"):
-        raise UserError(f"{where}: hidden_act={act!r} is not supported (known: quick_gelu, gelu)")
-    if raw.get("hidden_size", 512) % raw.get("num_attention_heads", 8):
-        raise UserError(f"{where}: num_attention_heads {raw['num_attention_heads']} does not divide hidden_size {raw['hidden_size']}")
-    return CLIPTextConfig(
-        vocab_size=raw.get("vocab_size", 49408),
-        hidden_size=raw.get("hidden_size", 512),
-        intermediate_size=raw.get("intermediate_size", 2048),
-        layers=raw.get("num_hidden_layers", 12),
-        heads=raw.get("num_attention_heads", 8),
-        max_length=raw.get("max_position_embeddings", 77),
-        hidden_act=act,
-        eps=raw.get("layer_norm_eps", 1e-5),
-    )
-
-
-def _getter(raw):
+def getter(raw):
     """raw.get, but a key that is null counts as missing."""
     return lambda key, default: default if raw.get(key) is None else raw[key]
 
@@ -364,7 +282,8 @@ def _per_block(value, count: int, key: str, where: str) -> list:
     return values
 
 
-def _check(raw: Mapping[str, Any], fixed: Mapping[str, tuple], read: set[str], where: str) -> None:
+def check_keys(raw: Mapping[str, Any], fixed: Mapping[str, tuple], read: set[str], where: str) -> None:
+    """A UserError for a key that would change the computation in a way that is not built."""
     for key, value in raw.items():
         if key.startswith("_") or key in read or value is None:
             continue

@@ -1,16 +1,67 @@
 """The image autoencoder of Stable Diffusion (Rombach et al., 2022): pixels in [-1, 1] ↔ latents, each image alone."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from anidiff_jax.models.config import VAEConfig
+from anidiff_jax.errors import UserError
+from anidiff_jax.models.config import check_keys, getter
 from anidiff_jax.models.layers import Conv, GroupNorm, Settings, multi_head
 from anidiff_jax.models.unet import Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6
+_FIXED = {"act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,)}
+_READ = {
+    "block_out_channels", "down_block_types", "force_upcast", "in_channels", "latent_channels", "layers_per_block",
+    "mid_block_add_attention", "norm_num_groups", "out_channels", "sample_size", "scaling_factor", "shift_factor",
+    "up_block_types", "use_post_quant_conv", "use_quant_conv",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    channels: tuple[int, ...]
+    layers_per_block: int
+    norm_groups: int
+    scaling_factor: float
+    shift_factor: float
+    quant_conv: bool
+    post_quant_conv: bool
+    mid_attention: bool
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along a side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+def vae_config(raw: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
+    """Resolves an AutoencoderKL config."""
+    check_keys(raw, _FIXED, _READ, where)
+    get = getter(raw)
+    for kind in (*get("down_block_types", ()), *get("up_block_types", ())):
+        if kind not in ("DownEncoderBlock2D", "UpDecoderBlock2D"):
+            raise UserError(f"{where}: block type {kind!r} is not supported (known: DownEncoderBlock2D, UpDecoderBlock2D)")
+    return VAEConfig(
+        in_channels=get("in_channels", 3),
+        out_channels=get("out_channels", 3),
+        latent_channels=get("latent_channels", 4),
+        channels=tuple(get("block_out_channels", (64,))),
+        layers_per_block=get("layers_per_block", 1),
+        norm_groups=get("norm_num_groups", 32),
+        scaling_factor=get("scaling_factor", 0.18215),
+        shift_factor=get("shift_factor", 0.0),
+        quant_conv=get("use_quant_conv", True),
+        post_quant_conv=get("use_post_quant_conv", True),
+        mid_attention=get("mid_block_add_attention", True),
+    )
 
 
 class Posterior(NamedTuple):

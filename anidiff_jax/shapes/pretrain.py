@@ -12,13 +12,16 @@ import optax
 from anidiff_jax.models.clip import CLIPTextModel
 from anidiff_jax.models.init import draw, shapes
 from anidiff_jax.models.vae import AutoencoderKL, Posterior
-from anidiff_jax.shapes.render import BACKGROUNDS, COLORS, DIRECTIONS, HELD_OUT_MOTIONS, THINGS, random_scene, render
+from anidiff_jax.shapes.render import BACKGROUNDS, COLORS, DIRECTIONS, HELD_OUT_MOTIONS, THINGS, VERBS, Scene, random_scene, render
+from anidiff_jax.shapes.tiny_model import WORDS
 
 log = logging.getLogger(__name__)
 
 KL_WEIGHT = 1e-4  # of the posterior's divergence from the unit Gaussian, a latent value
 NARROWER = 20  # times, the posterior's deviation once the autoencoder is trained
 FRAMES_A_SCENE = 4
+_NAMES = " ".join([*COLORS, *THINGS, *BACKGROUNDS, *DIRECTIONS, *VERBS.values()]).split()
+OTHER_WORDS = [word for word in WORDS if word not in _NAMES]
 
 
 def pictures(count: int, seed: int, side: int = 64) -> np.ndarray:
@@ -123,6 +126,54 @@ def train_text_encoder(encoder: CLIPTextModel, tokenize, updates: int, seed: int
     ids, answers = examples(512)
     right = [np.asarray(v).argmax(-1) == answers[k] for k, v in jax.jit(logits)(both, ids).items()]
     return both["encoder"], float(np.all(right, axis=0).mean())
+
+
+def widen_text_encoder(encoder: CLIPTextModel, teacher: dict[str, Any], tokenize, updates: int, seed: int, batch: int = 32):
+    """(parameters, error): the same encoder made to read captions in words and orders that no wording of the training has.
+
+    A caption as it is trained on keeps its states; a loose one (`loose`) gets at its padding, which is most of what the image model
+    looks at, the states that a caption of the same scene has there. error: what is left of the difference that loose captions
+    made, as a share of the states' variance.
+    """
+    rng = np.random.default_rng(seed)
+    optimizer = optax.adamw(_rise_and_fall(2e-3, updates), weight_decay=0.0)
+
+    def examples(count: int):
+        scenes = [random_scene(rng) for _ in range(count)]
+        captions = [scene.caption(int(rng.integers(1 << 30))) for scene in scenes]
+        captions[0] = ""  # what guidance steers away from stays too
+        return tokenize(captions), tokenize([captions[0], *(loose(scene, rng) for scene in scenes[1:])])
+
+    def differences(params, plain, wide):
+        states = lambda params, ids: encoder.apply({"params": params}, ids)
+        wanted: Any = states(teacher, plain)
+        end = plain[:, -1:]
+        padding = ((plain == end) & (wide == end))[..., None]
+        kept, widened = states(params, plain) - wanted, (states(params, wide) - wanted) * padding
+        return jnp.square(kept).mean() / wanted.var(), jnp.square(widened).mean() / padding.mean() / wanted.var()
+
+    @jax.jit
+    def update(params, state, plain, wide):
+        value, gradient = jax.value_and_grad(lambda p: sum(differences(p, plain, wide)))(params)
+        change, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, change), state, value
+
+    params = _loop("text encoder", lambda i, p, s: update(p, s, *examples(batch)), teacher, optimizer.init(teacher), updates)
+    kept, widened = jax.jit(differences)(params, *examples(512))
+    return params, {"kept": float(kept), "widened": float(widened)}
+
+
+def loose(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption of the scene in no language: thing and background in either order, other words and plain letters strewn between."""
+    pointing = f" {VERBS[scene.thing]} {scene.front}" if scene.front else ""
+    subject = str(rng.choice([f"{scene.color} {scene.thing}{pointing}", f"{scene.thing} in {scene.color}{pointing}"]))
+    ground = scene.background + str(rng.choice([" background", ""]))
+    strewn = lambda: [
+        str(rng.choice(OTHER_WORDS)) if rng.random() < 0.85 else "".join(rng.choice([*"abcdefghijklmnopqrstuvwxyz"], rng.integers(2, 6)))
+        for _ in range(rng.integers(5))
+    ]
+    first, second = rng.permutation([subject, ground])
+    return " ".join([*strewn(), str(first), *strewn(), str(second), *strewn()])
 
 
 def _rise_and_fall(peak: float, updates: int) -> optax.Schedule:

@@ -107,7 +107,7 @@ def fresh_unet(seed: int):
     return split(draw(shapes(UNet(unet_config(UNET, motion))), seed), is_motion)[1]
 
 
-def write_base(folder: Path, text_encoder: Path, vae: Path, unet: Path) -> None:
+def write_base(folder: Path, text_encoder: Path, vae: Path, unet: Path, scheduler: dict[str, Any]) -> None:
     """Fills `folder` with a whole Stable Diffusion model, made of these three parts, each a folder as `write_part` leaves it."""
     for name, source in (("text_encoder", text_encoder), ("vae", vae), ("unet", unet)):
         (folder / name).mkdir()
@@ -115,7 +115,7 @@ def write_base(folder: Path, text_encoder: Path, vae: Path, unet: Path) -> None:
             shutil.copyfile(source / file, folder / name / file)
     shutil.copytree(tokenizer_folder(), folder / "tokenizer")
     (folder / "scheduler").mkdir()
-    files.save_json(SCHEDULER, folder / "scheduler" / "scheduler_config.json")
+    files.save_json(scheduler, folder / "scheduler" / "scheduler_config.json")
     files.save_json(INDEX, folder / "model_index.json")
 
 

@@ -51,7 +51,8 @@ class Checkpoints:
         """Takes a copy of the state, which the next update may then overwrite, and returns; waits for the save before it."""
         self.wait()
         if is_main():
-            copied = jax.tree.map(lambda x: np.array(x), state)
+            to_host = np.array if jax.default_backend() == "cpu" else np.asarray  # on a CPU asarray would be the state's own memory
+            copied = jax.tree.map(to_host, state)
             self._pending = self._thread.submit(self._write, copied, frozen_unet, validation_loss)
 
     def wait(self) -> None:

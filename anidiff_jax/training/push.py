@@ -1,6 +1,7 @@
 """Checkpoints → a repository on the Hugging Face Hub, with a card and a sample. What goes wrong here never harms the training."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from anidiff_jax.config import TrainConfig
@@ -12,21 +13,26 @@ PRIVATE = ("csv_path", "video_folder", "validation_csv", "latent_cache", "output
 
 
 class Hub:
-    """Pushes by the strategy that was asked for; without push_to_hub it does nothing. The token is never written anywhere."""
+    """Pushes by the strategy that was asked for, in a thread of its own; without push_to_hub it does nothing.
+
+    The token is never written anywhere.
+    """
 
     def __init__(self, config: TrainConfig, clips: int):
         self.config, self.clips = config, clips
         self._pushed: Path | None = None
+        self._thread = ThreadPoolExecutor(1)  # a slow hub holds nothing up
 
     def saved(self, checkpoint: Path, is_best: bool) -> None:
         """After each checkpoint."""
         if self.config.push_to_hub and self.config.push_hub_strategy == "all_checkpoints":
-            self._push(checkpoint, f"{checkpoint.name}/")
+            self._thread.submit(self._push, checkpoint, f"{checkpoint.name}/")
         elif self.config.push_to_hub and self.config.push_hub_strategy == "push_best" and is_best:
-            self._push(checkpoint)
+            self._thread.submit(self._push, checkpoint)
 
     def finished(self, last: Path) -> None:
-        """After the run: the last checkpoint, where it is wanted, or where there was no validation to find a best one."""
+        """After the run: the last checkpoint, where it is wanted, or where there was no validation to find a best one; waits."""
+        self._thread.shutdown()
         if not self.config.push_to_hub or self.config.push_hub_strategy == "all_checkpoints":
             return
         best = best_of(last.parent) if self.config.push_hub_strategy == "push_best" else None

@@ -6,21 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from anidiff_jax.errors import UserError
-from anidiff_jax.models.clip import CLIPTextModel
+from anidiff_jax.models.clip import CLIPTextModel, clip_config
 from anidiff_jax.models.config import (
     MotionConfig,
-    clip_config,
     fresh_motion_config,
     is_motion_unet,
     motion_config,
     unet_config,
-    vae_config,
 )
 from anidiff_jax.models.init import draw, shapes
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.networks import Networks
 from anidiff_jax.models.unet import UNet
-from anidiff_jax.models.vae import AutoencoderKL
+from anidiff_jax.models.vae import AutoencoderKL, vae_config
 from anidiff_jax.weights import store
 from anidiff_jax.weights.files import Tensor, load, read_json
 from anidiff_jax.weights.store import STEMS

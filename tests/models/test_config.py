@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from anidiff_jax.errors import UserError
-from anidiff_jax.models.config import clip_config, fresh_motion_config, motion_config, unet_config, vae_config
+from anidiff_jax.models.clip import clip_config
+from anidiff_jax.models.config import fresh_motion_config, motion_config, unet_config
+from anidiff_jax.models.vae import vae_config
 from tests import reference
 
 

@@ -8,12 +8,12 @@ import torch
 from diffusers import UNetMotionModel
 
 from anidiff_jax.models import layers
-from anidiff_jax.models.clip import CLIPTextModel
-from anidiff_jax.models.config import clip_config, motion_config, unet_config, vae_config
+from anidiff_jax.models.clip import CLIPTextModel, clip_config
+from anidiff_jax.models.config import motion_config, unet_config
 from anidiff_jax.models.init import draw, shapes
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.unet import UNet
-from anidiff_jax.models.vae import AutoencoderKL
+from anidiff_jax.models.vae import AutoencoderKL, vae_config
 from anidiff_jax.weights.files import to_ours
 from anidiff_jax.weights.tree import flatten, is_buffer, is_motion, merge, split, unflatten
 from tests import reference

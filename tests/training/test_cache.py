@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from anidiff_jax.config import TrainConfig
-from anidiff_jax.data.cache import SHARD
 from anidiff_jax.data.decode import BadVideo
 from anidiff_jax.data.loader import Clips, Videos, batches
 from anidiff_jax.data.records import read_records
@@ -95,4 +94,3 @@ def test_another_recipe_is_refused(world, tmp_path, change):
     rows = records.drawn(other.dataset_sample_size or 2, 0)
     with pytest.raises(UserError, match="give another folder, or delete this one"):
         encode.fill_cache(tmp_path, rows, other, pipeline)
-    assert SHARD == 64

@@ -76,7 +76,7 @@ def hub(monkeypatch):
 
 def config(strategy, *more) -> TrainConfig:
     words = ["--push_to_hub", "--hub_model_id", "me/motion", "--hub_private_repo", "--hub_token", TOKEN, "--push_hub_strategy", strategy]
-    return parse(TrainConfig, [*words, "--csv_path", "/home/somebody/clips.csv", *more])
+    return parse(TrainConfig, [*words, "--csv_path", "somebody/clips.csv", *more])
 
 
 @pytest.fixture
