@@ -102,6 +102,7 @@ class AnimateDiffPipeline:
         motion_max_seq_length: int | None = None,
         model_revision: str | None = None,
         motion_adapter_revision: str | None = None,
+        hub: str = "huggingface",
         attention: str = "auto",
         **noise: Any,
     ) -> "AnimateDiffPipeline":
@@ -113,6 +114,7 @@ class AnimateDiffPipeline:
         lora: a training checkpoint or LoRA file to apply, unmerged.
         unet: a checkpoint of a UNet that trained as a whole, which takes the place of the base's.
         motion_num_attention_heads: for an adapter file without config; motion_*: an error where the adapter says otherwise.
+        hub: huggingface | modelscope, where ids are looked up.
         dtype: float32 | bfloat16 | float16, of weights and computation. attention: auto | xla | chunked | cudnn.
         noise: beta_start, beta_end, beta_schedule, steps_offset, clip_sample, num_train_timesteps, prediction_type;
             not given, AnimateDiff's recipe, and the base's own prediction_type.
@@ -132,9 +134,9 @@ class AnimateDiffPipeline:
             defaults = EMBEDDED_DEFAULTS
             base, motion_adapter = EMBEDDED, motion_adapter or EMBEDDED / "motion_adapter"
         model = load_model(
-            resolve(str(base), model_revision),
-            None if motion_adapter is None else resolve(str(motion_adapter), motion_adapter_revision),
-            unet=None if unet is None else resolve(str(unet)),
+            resolve(str(base), model_revision, hub),
+            None if motion_adapter is None else resolve(str(motion_adapter), motion_adapter_revision, hub),
+            unet=None if unet is None else resolve(str(unet), hub=hub),
             motion_heads=motion_num_attention_heads,
             motion_frames=motion_max_seq_length,
             settings=Settings(dtype=dtype, attention=attention),
