@@ -74,6 +74,7 @@ TRAINING = {
     "training/test_push.py::test_strategies": "push_to_hub hub_model_id hub_private_repo push_hub_strategy hub_token",
     "test_scripts.py::test_the_four_commands": "validation_prompts_path output_dir use_tensorboard",
     "test_scripts.py::test_a_whole_unet_trains_on_single_frames": "eval_steps save_steps num_train_epochs",
+    "test_scripts.py::test_every_script_takes_ids_of_modelscope": "hub",
     "test_arguments.py::test_unknown_arguments": "ignore_args_error",
 }  # fmt: skip
 SAMPLING = {
@@ -90,6 +91,7 @@ SAMPLING = {
     "test_pipeline.py::test_frames_equal_diffusers": "num_inference_steps guidance_scale negative_prompt sample_size sample_n_frames",
     "test_pipeline.py::test_noise_arguments_mean_what_they_mean_in_diffusers": "beta_start beta_end beta_schedule steps_offset clip_sample",
     "test_pipeline.py::test_a_video_depends_on_its_prompt_and_seed_only": "prompt seed",
+    "test_scripts.py::test_every_script_takes_ids_of_modelscope": "hub",
     "test_arguments.py::test_unknown_arguments": "ignore_args_error",
 }  # fmt: skip
 
@@ -105,7 +107,7 @@ def test_every_argument_has_a_test(kind, table):
 def another_value(f):
     """A value that the argument may have and that is not its default."""
     chosen = {
-        "beta_end": 0.5, "sample_size": "16x24",
+        "beta_end": 0.5, "sample_size": "16x24", "hub_model_id": "owner/name",
         "validation_fraction": 0.0, "loss_weighting": "none",  # they exclude validation_csv and snr_gamma
     }  # fmt: skip
     kinds = {"int": 3, "float": 0.25, "bool": not f.default, "str": "a text"}
