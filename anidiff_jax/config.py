@@ -12,7 +12,7 @@ from anidiff_jax.errors import UserError, read_text
 # What an argument that is not given becomes when no model is given either, and the embedded one is taken.
 EMBEDDED_DEFAULTS: dict[str, Any] = {
     "sample_size": "64",
-    "sample_stride": 1,
+    "sample_stride": 2,
     "sample_n_frames": 8,
     "guidance_scale": 5.0,
     "num_train_epochs": 20,

@@ -116,7 +116,7 @@ def validate(base: Path, adapter: Path, clips: int = 24) -> list[float]:
     chosen = [pair for _, pair in zip(range(clips), scenes(99, unseen=True), strict=False)]
     task = Task(networks, pipe.schedule, seed=0)
     latents = encode_clips(
-        task, params, np.stack([render(scene, 8, 64) for scene, _ in chosen]), jax.random.split(jax.random.key(0), clips)
+        task, params, np.stack([render(scene, 16, 64)[::2] for scene, _ in chosen]), jax.random.split(jax.random.key(0), clips)
     )
     text = encode_text(networks.text_encoder, params["text_encoder"], pipe.tokenize([caption for _, caption in chosen]))
     return [round(loss, 5) for loss in bucket_losses(task, params["unet"], {"unet": {}}, latents, text)]

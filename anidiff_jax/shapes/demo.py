@@ -54,7 +54,7 @@ def main() -> None:
 
     csv = run("-m", "anidiff_jax.shapes.clips", "--output", out / "clips", "--count", 50, "--motion", MOTION)
     run(*measure, "--output", out / "before")
-    data = ["--csv_path", csv, "--video_folder", out / "clips", "--output_dir", out / "runs"]
+    data = ["--csv_path", csv, "--video_folder", out / "clips", "--latent_cache", out / "latents", "--output_dir", out / "runs"]
     training = time.perf_counter()
     checkpoint = run("train.py", *data, *flags({**TRAINING, "max_steps": args.max_steps}))
     training = time.perf_counter() - training

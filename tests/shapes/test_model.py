@@ -22,9 +22,10 @@ def test_stills_show_what_was_asked():
     image_model = AnimateDiffPipeline.from_pretrained(EMBEDDED)
     asked = prompts(12)
     _, result = evaluate(image_model, asked, num_frames=1, height=64, width=64, num_inference_steps=10, guidance_scale=5.0)
-    assert result["right"]["color"] >= 0.6, result  # a sixth, were it chance
-    assert result["right"]["background"] >= 0.7, result  # a fifth
-    assert result["right"]["thing"] >= 0.3, result  # a seventh
+    assert result["right"]["color"] >= 0.8, result  # a sixth, were it chance
+    assert result["right"]["background"] >= 0.9, result  # a fifth
+    assert result["right"]["thing"] >= 0.75, result  # a seventh
+    assert result["right"]["front"] >= 0.6, result  # a quarter or a half
 
 
 def test_videos_move(pipe):
@@ -33,7 +34,8 @@ def test_videos_move(pipe):
     _, result = evaluate(pipe, asked, num_inference_steps=10)
     _, alone = evaluate(AnimateDiffPipeline.from_pretrained(EMBEDDED), asked, num_frames=8, height=64, width=64, num_inference_steps=10)
     assert result["temporal_flicker"] > alone["temporal_flicker"] + 0.02, (result, alone)
-    assert result["motion_degree"] > 0.03, result
+    assert result["motion_degree"] > 0.08, result
+    assert result["right"]["color"] == result["right"]["background"] == 1, result
 
 
 def test_frames_equal_diffusers(pipe):
