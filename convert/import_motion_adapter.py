@@ -23,10 +23,11 @@ def main() -> None:
     from anidiff_jax.weights import files, store
     from anidiff_jax.weights.base import EMBEDDED
     from anidiff_jax.weights.hub import resolve
+    from anidiff_jax.weights.sources import motion_source
 
     store.must_not_exist(args.output)
     source = resolve(args.motion_adapter_id_or_path, args.motion_adapter_revision)
-    config, tensors = store.motion_adapter(source)
+    config, tensors, _ = motion_source(source)
     with files.written_whole(args.output) as out:
         size = store.write_component(tensors, config, out)
         if args.verify:

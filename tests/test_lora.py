@@ -9,7 +9,7 @@ from anidiff_jax.errors import UserError
 from anidiff_jax.lora import init_lora, linear_layers, merge_lora, scaled
 from anidiff_jax.pipeline import AnimateDiffPipeline
 from anidiff_jax.weights.base import load_model
-from anidiff_jax.weights.lora_files import load_lora, save_lora
+from anidiff_jax.weights.loras import load_lora, save_lora
 from anidiff_jax.weights.merge import merged_folder, write_merged_adapter
 from anidiff_jax.weights.tree import flatten, unflatten
 from tests.test_pipeline import NEGATIVE, PROMPT, sample_theirs

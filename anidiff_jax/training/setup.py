@@ -20,8 +20,8 @@ from anidiff_jax.random import purpose
 from anidiff_jax.training.encode import fill_cache
 from anidiff_jax.training.step import Task
 from anidiff_jax.weights.base import EMBEDDED, EMBEDDED_CLIPS, Model, load_model
-from anidiff_jax.weights.files import read_json
 from anidiff_jax.weights.hub import resolve
+from anidiff_jax.weights.sources import base_source
 from anidiff_jax.weights.tree import Tree, flatten, is_buffer, is_motion, split
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,9 @@ def load(config: TrainConfig) -> Model:
         adapter = EMBEDDED / "motion_adapter"
 
     fresh = False
-    if adapter is None and (base / "unet" / "config.json").is_file():
-        raw = read_json(base / "unet" / "config.json")
+    source = base_source(base)
+    if adapter is None:
+        raw = source.configs["unet"]
         if not is_motion_unet(raw) and config.sample_n_frames > 1 and _touches_motion(config, raw):
             if config.sft_type == "lora":
                 raise UserError(
@@ -57,7 +58,7 @@ def load(config: TrainConfig) -> Model:
         log.info("mixed_precision: a CPU is slower in bfloat16, so float32 is used")
     trains = matches(config.trainable_modules)
     model = load_model(
-        base,
+        source,
         adapter,
         fresh_motion=fresh,
         motion_heads=config.said("motion_num_attention_heads"),

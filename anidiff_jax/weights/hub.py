@@ -40,3 +40,14 @@ def wanted(files: Iterable[str]) -> list[str]:
     folder = lambda name: PurePosixPath(name).parent
     full = {folder(name) for name in chosen if name.endswith(".safetensors") and ".fp16" not in name}
     return [name for name in chosen if ".fp16" not in name or folder(name) not in full]
+
+
+def hub_tokenizer(repo: str) -> Path:
+    """The tokenizer's files of a model on the Hugging Face Hub, which a single file of weights does not hold."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]))
+    except Exception as error:  # of many kinds: offline, a mirror without it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"a single file holds no tokenizer, and {repo} could not be had ({reason}): give --text_encoder_path SD15") from None

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from anidiff_jax.errors import UserError
 from anidiff_jax.lora import merge_lora
 from anidiff_jax.models.config import motion_config
-from anidiff_jax.weights import files, store
+from anidiff_jax.weights import files
 from anidiff_jax.weights.base import EMBEDDED
 from anidiff_jax.weights.hub import resolve
-from anidiff_jax.weights.lora_files import check_fits, load_lora
+from anidiff_jax.weights.loras import check_fits, load_lora
+from anidiff_jax.weights.sources import motion_source
 from anidiff_jax.weights.tree import Tree, flatten, is_motion, unflatten
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -41,16 +42,16 @@ def write_merged_adapter(adapter: str | Path | None, revision: str | None, check
 
 def merged_adapter(adapter: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Tree, dict[str, str]]:
     """(config.json, parameters, note for the file's header) of an adapter, with the checkpoint's LoRA added where there is one."""
-    raw, tensors = store.motion_adapter(adapter)
+    raw, tensors, _ = motion_source(adapter)
     params = unflatten({key: jnp.asarray(files.to_ours(key, tensor.read())) for key, tensor in tensors.items()})
     if checkpoint is None:
         return raw, params, {}
-    lora, scale = load_lora(checkpoint)
-    spatial = [key for key in flatten(lora) if not is_motion(key)]
+    lora = load_lora(checkpoint, {"unet": [key.removesuffix(".weight") for key in flatten(params)]})
+    spatial = [key for key in (*flatten(lora.unet), *flatten(lora.text_encoder)) if not is_motion(key)]
     if spatial:
         raise UserError(f"{checkpoint} also adapts {spatial[0]}, which is no part of a motion adapter: it cannot be merged into one")
-    check_fits(lora, params, checkpoint)
-    return raw, merge_lora(params, lora, scale), {"merged_lora": checkpoint.name, "lora_scale": f"{scale:g}"}
+    check_fits(lora.unet, params, checkpoint)
+    return raw, merge_lora(params, lora.unet, 1.0), {"merged_lora": checkpoint.name}
 
 
 def write_adapter(params: Mapping, raw: Mapping, target: Path, header: Mapping[str, str] | None = None) -> None:
