@@ -33,7 +33,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before anything is computed
     settings = {"negative_prompt": config.negative_prompt, **config.sampling()}
     pipeline = load(config)
-    sources = {name: getattr(config, name) for name in ("model_id_or_path", "motion_adapter_id_or_path", "ckpt_dir")}
+    sources = {name: getattr(config, name) for name in ("model_id_or_path", "motion_adapter_id_or_path", "hub", "ckpt_dir")}
     recipe = {**settings, "stride": config.sample_stride, **asdict(pipeline.schedule), "dtype": pipeline.dtype, **sources}
     for prompt in prompts:
         (video,) = pipeline(prompt, **settings)
@@ -63,6 +63,7 @@ def load(config: SampleConfig):
         dtype=config.dtype if config.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16",
         model_revision=config.model_revision,
         motion_adapter_revision=config.motion_adapter_revision,
+        hub=config.hub,
         motion_num_attention_heads=config.said("motion_num_attention_heads"),
         motion_max_seq_length=config.said("motion_max_seq_length"),
         attention=config.attention,
@@ -71,7 +72,7 @@ def load(config: SampleConfig):
     check_size(pipeline.model, config.sample_n_frames, config.height, config.width)
     if config.merge_lora:
         adapter, revision = config.motion_adapter_id_or_path, config.motion_adapter_revision
-        print(write_merged_adapter(adapter, revision, trained["lora"], config.replace_if_exists), flush=True)
+        print(write_merged_adapter(adapter, revision, trained["lora"], config.replace_if_exists, config.hub), flush=True)
         pipeline.merge_lora()
     return pipeline
 

@@ -49,6 +49,9 @@ class _Shared:
     model_revision: str | None = arg(None, "revision of the base model on the hub")
     motion_adapter_id_or_path: str | None = arg(None, "motion adapter: folder, .safetensors file, checkpoint of full training, or hub id")
     motion_adapter_revision: str | None = arg(None, "revision of the motion adapter on the hub")
+    hub: Literal["huggingface", "modelscope"] = arg(
+        "huggingface", "where hub ids are looked up, and where push_to_hub pushes; modelscope: pip install modelscope-hub"
+    )
     motion_num_attention_heads: int = arg(8, "heads of fresh motion modules; an adapter brings its own")
     motion_max_seq_length: int = arg(32, "longest clip that fresh motion modules know, in frames; an adapter brings its own")
     sft_type: Literal["lora", "full"] = arg("lora", "train low-rank adapters, or the parameters themselves")
@@ -191,7 +194,7 @@ class TrainConfig(_Shared):
     )
     use_tensorboard: bool = arg(False, "log to TensorBoard files in the run's folder too (pip install tensorboardX)")
     use_wandb: bool = arg(False, "log to Weights & Biases too (pip install wandb)")
-    push_to_hub: bool = arg(False, "push checkpoints, with a card and a sample, to the Hugging Face Hub")
+    push_to_hub: bool = arg(False, "push checkpoints, with a card and a sample, to the hub")
     hub_model_id: str | None = arg(None, "with push_to_hub: owner/name")
     hub_private_repo: bool = arg(False, "with push_to_hub: make the repository private")
     push_hub_strategy: Literal["push_last", "push_best", "all_checkpoints"] = arg("push_best", "with push_to_hub: what to push")
@@ -230,12 +233,14 @@ class TrainConfig(_Shared):
         if self.ddp_backend in ("ccl", "hccl"):
             raise UserError(f"ddp_backend {self.ddp_backend} is for Intel and Ascend devices under PyTorch, which JAX has not: take nccl")
         if self.push_to_hub:
-            from huggingface_hub import get_token
+            from anidiff_jax.weights.hub import token_of
 
-            if not self.hub_model_id:
+            # Hugging Face takes a bare name for the token's owner's.
+            if not self.hub_model_id or (self.hub == "modelscope" and self.hub_model_id.count("/") != 1):
                 raise UserError("push_to_hub needs --hub_model_id owner/name, where to push to")
-            if not (self.hub_token or get_token()):
-                raise UserError("push_to_hub needs a token: set HF_TOKEN, log in with `hf auth login`, or give --hub_token")
+            if not token_of(self.hub, self.hub_token):
+                named, login = ("MODELSCOPE_API_TOKEN", "ms login") if self.hub == "modelscope" else ("HF_TOKEN", "hf auth login")
+                raise UserError(f"push_to_hub needs a token: set {named}, log in with `{login}`, or give --hub_token")
         for wanted, package in ((self.use_wandb, "wandb"), (self.use_tensorboard, "tensorboardX")):
             if wanted and importlib.util.find_spec(package) is None:
                 raise UserError(f"use_{package.removesuffix('X').lower()} needs the package {package}: pip install {package}")

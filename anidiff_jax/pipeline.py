@@ -82,9 +82,7 @@ class AnimateDiffPipeline:
     `model` holds networks and weights, `schedule` the noise, `loras` adapters, each with its scale; all are applied together.
     """
 
-    def __init__(
-        self, model: Model, schedule: NoiseSchedule, loras: Sequence[tuple[Lora, float]] = (), defaults: Mapping | None = None
-    ):
+    def __init__(self, model: Model, schedule: NoiseSchedule, loras: Sequence[tuple[Lora, float]] = (), defaults: Mapping | None = None):
         self.model = model
         self.schedule = schedule
         self.loras = list(loras)
@@ -104,6 +102,7 @@ class AnimateDiffPipeline:
         motion_max_seq_length: int | None = None,
         model_revision: str | None = None,
         motion_adapter_revision: str | None = None,
+        hub: str = "huggingface",
         attention: str = "auto",
         vae: str | Path | None = None,
         text_encoder: str | Path | None = None,
@@ -121,6 +120,7 @@ class AnimateDiffPipeline:
         lora: a training checkpoint or LoRA file to apply, unmerged; more with `load_lora`.
         unet: a checkpoint of a UNet that trained as a whole, which takes the place of the base's.
         motion_num_attention_heads: for an adapter file without config; motion_*: an error where the adapter says otherwise.
+        hub: huggingface | modelscope, where ids are looked up.
         dtype: float32 | bfloat16 | float16, of weights and computation. attention: auto | xla | chunked | cudnn.
         noise: beta_start, beta_end, beta_schedule, steps_offset, clip_sample, num_train_timesteps, prediction_type;
             not given, AnimateDiff's recipe, and the base's own prediction_type.
@@ -142,9 +142,9 @@ class AnimateDiffPipeline:
 
             defaults = EMBEDDED_DEFAULTS
             base, motion_adapter = EMBEDDED, motion_adapter or EMBEDDED / "motion_adapter"
-        local = lambda given, revision=None: None if given is None else resolve(str(given), revision)
+        local = lambda given, revision=None: None if given is None else resolve(str(given), revision, hub)
         model = load_model(
-            base_source(resolve(str(base), model_revision), local(vae), local(text_encoder)),
+            base_source(resolve(str(base), model_revision, hub), local(vae), local(text_encoder)),
             local(motion_adapter, motion_adapter_revision),
             unet=local(unet),
             motion_heads=motion_num_attention_heads,

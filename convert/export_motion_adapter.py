@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from anidiff_jax.errors import run_script
+from anidiff_jax.weights.hub import HUBS, resolve
 
 
 def main() -> None:
@@ -19,17 +20,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="type of the weights; none = as they are")
     parser.add_argument("--verify", action="store_true", help="load the result in PyTorch diffusers and compare a forward pass")
     parser.add_argument("--model_id_or_path", help="base model in diffusers layout for --verify; none = the embedded one")
+    parser.add_argument("--hub", choices=HUBS, default="huggingface", help="where hub ids are looked up")
     args = parser.parse_args()
 
     import jax
 
     from anidiff_jax.weights import files, store
     from anidiff_jax.weights.base import EMBEDDED
-    from anidiff_jax.weights.hub import resolve
     from anidiff_jax.weights.merge import merged_adapter, write_adapter
 
     store.must_not_exist(args.output)
-    raw, params, header = merged_adapter(resolve(args.input), args.lora)
+    raw, params, header = merged_adapter(resolve(args.input, hub=args.hub), args.lora)
     if args.dtype:
         params = jax.tree.map(lambda x: x.astype(args.dtype), params)
     with files.written_whole(args.output) as out:
@@ -37,7 +38,7 @@ def main() -> None:
         if args.verify:
             from anidiff_jax.weights.verify import verify
 
-            base = resolve(args.model_id_or_path) if args.model_id_or_path else EMBEDDED
+            base = resolve(args.model_id_or_path, hub=args.hub) if args.model_id_or_path else EMBEDDED
             verify(base, base, out, out)
     print(args.output)
 

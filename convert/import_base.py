@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from anidiff_jax.errors import run_script
+from anidiff_jax.weights.hub import HUBS, resolve
 
 
 def main() -> None:
@@ -17,13 +18,13 @@ def main() -> None:
     parser.add_argument("--model_revision", help="revision on the hub")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--verify", action="store_true", help="compare a forward pass with PyTorch diffusers")
+    parser.add_argument("--hub", choices=HUBS, default="huggingface", help="where hub ids are looked up")
     args = parser.parse_args()
 
     from anidiff_jax.weights import files, store
-    from anidiff_jax.weights.hub import resolve
 
     store.must_not_exist(args.output)
-    source = store.base_folder(resolve(args.model_id_or_path, args.model_revision))
+    source = store.base_folder(resolve(args.model_id_or_path, args.model_revision, args.hub))
     size = 0
     with files.written_whole(args.output) as out:
         for part, stem in store.STEMS.items():

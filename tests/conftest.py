@@ -1,6 +1,7 @@
 """Shared models and compiled functions, so that the run compiles little; a compile cache that outlives the run."""
 
 import os
+import threading
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -27,3 +28,27 @@ def adapter(tmp_path_factory) -> Path:
     from tests import reference
 
     return reference.write_adapter(tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """hub("modelscope") → a server on the loopback, which everything that asks this hub now reaches, without anyone's own login."""
+    from tests import hubs
+
+    servers = []
+
+    def start(name, **refuses):
+        server = hubs.Server(hubs.ModelScope if name == "modelscope" else hubs.HuggingFace, **refuses)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.here)
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.here)
+        return server
+
+    monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MODELSCOPE_API_TOKEN", raising=False)
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -119,6 +119,38 @@ def test_the_four_commands(script, base, adapter, clips, tmp_path):
     assert any((unmerged[key] != folded[key]).any() for key in folded)
 
 
+def test_every_script_takes_ids_of_modelscope(script, hub, base, adapter, clips, tmp_path):
+    server = hub("modelscope")
+    for name, folder in (("me/base", base), ("me/adapter", adapter)):
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        server.repos[name, "master"] = files
+    ids = ["--hub", "modelscope", "--model_id_or_path", "me/base", "--motion_adapter_id_or_path", "me/adapter"]
+    short = ["--max_steps", "1", "--num_inference_steps", "1", "--validation_prompts_path", prompts(tmp_path)]
+    push = ["--push_to_hub", "true", "--hub_model_id", "me/motion", "--hub_token", "ms-secret"]
+    code, printed, error = script("train.py", *ids, *data(clips), *TRAIN, *short, *push, "--output_dir", tmp_path)
+    assert code == 0, error
+    checkpoint = Path(printed[-1])
+    assert json.loads((checkpoint / "train_config.json").read_text())["hub"] == "modelscope"
+    weights = (checkpoint / "pytorch_lora_weights.safetensors").read_bytes()
+    assert dict(server.uploads)["pytorch_lora_weights.safetensors"] == weights
+    assert not any(b"ms-secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+    lora = ["--ckpt_dir", checkpoint, "--merge_lora", "true", "--prompt", "a star", "--output_path", tmp_path]
+    code, printed, error = script("sample.py", *ids, *SAMPLE, *lora)
+    assert code == 0, error
+    for name, *words in (
+        ("import_base", *ids[2:4]),
+        ("import_motion_adapter", *ids[4:]),
+        ("export_motion_adapter", "--input", "me/adapter", "--lora", checkpoint),
+    ):
+        code, _, error = script(f"convert/{name}.py", *ids[:2], *words, "--output", tmp_path / name)
+        assert code == 0, error
+    merged, exported = (load_file(folder / "diffusion_pytorch_model.safetensors")
+                        for folder in (Path(f"{checkpoint}-merged"), tmp_path / "export_motion_adapter"))  # fmt: skip
+    assert merged.keys() == exported.keys()
+    assert all((merged[key] == exported[key]).all() for key in merged)
+
+
 def frames_of(path):
     image = Image.open(path)
     frames = []

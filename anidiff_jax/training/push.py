@@ -1,4 +1,4 @@
-"""Checkpoints → a repository on the Hugging Face Hub, with a card and a sample. What goes wrong here never harms the training."""
+"""Checkpoints → a repository on a hub, with a card and a sample. What goes wrong here never harms the training."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.training.runs import best_of
+from anidiff_jax.weights.hub import in_a_line, token_of, upload
 
 log = logging.getLogger(__name__)
 
@@ -41,26 +42,22 @@ class Hub:
             self._push(wanted)
 
     def _push(self, checkpoint: Path, prefix: str = "") -> None:
-        from huggingface_hub import CommitOperationAdd, HfApi, get_token
-
         c = self.config
-        token = c.hub_token or get_token()
+        token = c.hub_token
         try:
-            api = HfApi(token=token)
-            repo = api.create_repo(c.hub_model_id or "", private=c.hub_private_repo, exist_ok=True).repo_id
+            token = token_of(c.hub, c.hub_token)
             own = [path for path in checkpoint.iterdir() if path.is_file() and path.name != "train_config.json"]
-            added: list[tuple[str, Path | bytes]] = [(prefix + path.name, path) for path in sorted(own)]
+            files: dict[str, Path | bytes] = {prefix + path.name: path for path in sorted(own)}
             sample = next(iter(sorted((checkpoint.parent.parent / "samples" / checkpoint.name).glob("*.gif"))), None)
             if sample is not None:
-                added.append((f"{prefix}sample.gif", sample))
-            added.append((f"{prefix}README.md", card(c, checkpoint, self.clips, sample is not None).encode()))
-            operations = [CommitOperationAdd(name, str(x) if isinstance(x, Path) else x) for name, x in added]
-            api.create_commit(repo, operations, commit_message=f"{checkpoint.name} of {checkpoint.parent.parent.name}")
+                files[f"{prefix}sample.gif"] = sample
+            files[f"{prefix}README.md"] = card(c, checkpoint, self.clips, sample is not None).encode()
+            message = f"{checkpoint.name} of {checkpoint.parent.parent.name}"
+            repo = upload(c.hub, c.hub_model_id or "", files, message, c.hub_private_repo, token)
             self._pushed = checkpoint
             log.info("pushed %s to %s", checkpoint, repo)
         except Exception as error:  # of many kinds; the training matters more
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            log.warning("%s could not be pushed to %s: %s", checkpoint, c.hub_model_id, reason.replace(token, "…") if token else reason)
+            log.warning("%s could not be pushed to %s: %s", checkpoint, c.hub_model_id, in_a_line(error, token))
 
 
 def card(config: TrainConfig, checkpoint: Path, clips: int, sample: bool) -> str:

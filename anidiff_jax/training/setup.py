@@ -34,10 +34,10 @@ def load(config: TrainConfig) -> Model:
 
     Frozen weights are in the compute type, once; what full training trains is in float32.
     """
-    base = EMBEDDED if config.model_id_or_path is None else resolve(config.model_id_or_path, config.model_revision)
+    base = EMBEDDED if config.model_id_or_path is None else resolve(config.model_id_or_path, config.model_revision, config.hub)
     adapter: Path | None = None
     if config.motion_adapter_id_or_path is not None:
-        adapter = resolve(config.motion_adapter_id_or_path, config.motion_adapter_revision)
+        adapter = resolve(config.motion_adapter_id_or_path, config.motion_adapter_revision, config.hub)
     elif config.embedded and config.sft_type == "lora":
         adapter = EMBEDDED / "motion_adapter"
 

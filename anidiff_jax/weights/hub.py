@@ -1,34 +1,59 @@
-"""Model ids and paths → local folders or files."""
+"""The Hugging Face Hub and ModelScope: ids and paths → local folders or files, and files → a repository."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from anidiff_jax.errors import UserError
 
+HUBS = ("huggingface", "modelscope")
 PARTS = ["unet/*", "vae/*", "text_encoder/*"]
 WANTED = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetensors*", "tokenizer/*", "scheduler/*"]
 
 
-def resolve(path_or_id: str, revision: str | None = None) -> Path:
-    """A local path as it is, or a Hugging Face Hub id downloaded into the hub's cache, no file more than is read."""
+def resolve(path_or_id: str, revision: str | None = None, hub: str = "huggingface") -> Path:
+    """A local path as it is, or an id of the hub downloaded into its cache, no file more than is read."""
+    if hub not in HUBS:
+        raise UserError(f"hub={hub!r} is not one of {', '.join(HUBS)}")
     path = Path(path_or_id).expanduser()
     if path.exists():
         return path
     parts = path_or_id.split("/")
     if len(parts) != 2 or not all(parts) or path_or_id.startswith((".", "/", "~")):
         raise UserError(f"{path_or_id} does not exist here, and is not a hub id such as owner/name")
+    token = token_of(hub)
+    download = _from_modelscope if hub == "modelscope" else _from_huggingface
+    try:
+        return download(path_or_id, revision)
+    except Exception as error:  # many kinds: offline, unknown id, gated, no such revision
+        reason = in_a_line(error, token)
+        raise UserError(f"{path_or_id} is not a local folder, and the hub {hub} did not give it: {reason}") from None
+
+
+def _from_huggingface(repo: str, revision: str | None) -> Path:
     from huggingface_hub import list_repo_files, snapshot_download
 
     try:
-        try:
-            files = wanted(list_repo_files(path_or_id, revision=revision))
-        except OSError:  # offline: what an earlier run downloaded
-            return Path(snapshot_download(path_or_id, revision=revision, local_files_only=True))
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=files))
-    except Exception as error:  # many kinds: offline, unknown id, gated, no such revision
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path_or_id} is not a local folder, and the hub did not give it: {reason}") from None
+        files = wanted(list_repo_files(repo, revision=revision))
+    except OSError:  # offline: what an earlier run downloaded
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+
+
+def _from_modelscope(repo: str, revision: str | None) -> Path:
+    modelscope = _modelscope()
+    api, revision = modelscope.HubApi(modelscope.HubConfig()), revision or "master"
+    try:
+        files = api.list_repo_files(repo, "model", revision=revision)
+    except (OSError, modelscope.ServerError):  # offline: what an earlier run downloaded
+        return api.download_repo(repo, "model", revision=revision, local_files_only=True)
+    chosen = wanted(file.path for file in files if file.type != "tree")
+    listed = [{"Path": file.path, "Size": file.size or None, "Sha256": file.sha256} for file in files if file.path in chosen]
+    try:
+        return api.download_repo(repo, "model", revision=revision, file_list=listed)
+    except modelscope.FileDownloadError as error:  # counts the files; each has its own reason
+        raise next(iter(error.failed_files.values())) from None
 
 
 def wanted(files: Iterable[str]) -> list[str]:
@@ -47,7 +72,62 @@ def hub_tokenizer(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]))
+        return Path(
+            snapshot_download(repo, allow_patterns=["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"])
+        )
     except Exception as error:  # of many kinds: offline, a mirror without it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"a single file holds no tokenizer, and {repo} could not be had ({reason}): give --text_encoder_path SD15") from None
+        reason = in_a_line(error, token_of("huggingface"))
+        raise UserError(
+            f"a single file holds no tokenizer, and {repo} could not be had ({reason}): give --text_encoder_path SD15"
+        ) from None
+
+
+def upload(hub: str, repo: str, files: Mapping[str, Path | bytes], message: str, private: bool, token: str | None) -> str:
+    """Files, by their names there, → a repository, which is made where there is none; returns its full name. Raises as the hub does."""
+    return (_to_modelscope if hub == "modelscope" else _to_huggingface)(repo, files, message, private, token)
+
+
+def _to_huggingface(repo: str, files: Mapping[str, Path | bytes], message: str, private: bool, token: str | None) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token)
+    repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+    added = [CommitOperationAdd(name, str(x) if isinstance(x, Path) else x) for name, x in files.items()]
+    api.create_commit(repo, added, commit_message=message)
+    return repo
+
+
+def _to_modelscope(repo: str, files: Mapping[str, Path | bytes], message: str, private: bool, token: str | None) -> str:
+    """A commit a file: its package commits several together only from a folder that holds just them."""
+    modelscope = _modelscope()
+    api = modelscope.HubApi(modelscope.HubConfig(token=token))
+    if not api.repo_exists(repo, "model"):  # else upload_file would make it, and public
+        # Unsaid, the license would become Apache-2.0, which is not ours to say.
+        api.create_repo(repo, "model", visibility="private" if private else "public", license="Other")
+    for name, content in files.items():
+        api.upload_file(repo, "model", content, name, commit_message=message, disable_tqdm=True)
+    return repo
+
+
+def token_of(hub: str, given: str | None = None) -> str | None:
+    """The access token: the given one, else the environment's, else that of an earlier login."""
+    if hub == "modelscope":
+        return given or _modelscope().HubConfig().token
+    from huggingface_hub import get_token
+
+    return given or get_token()
+
+
+def in_a_line(error: Exception, token: str | None) -> str:
+    """What went wrong, without the token, which a server may have repeated."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return reason.replace(token, "…") if token else reason
+
+
+def _modelscope():
+    try:
+        import modelscope_hub
+    except ImportError:
+        raise UserError("hub modelscope needs the package modelscope-hub: pip install modelscope-hub") from None
+    logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)  # it repeats what servers answer; errors reach us anyway
+    return modelscope_hub

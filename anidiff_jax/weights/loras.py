@@ -1,9 +1,9 @@
 """LoRA files of every common naming → adapters in ours. A name says the network, the layer, and which matrix it is.
 
-    unet.{layer}.lora_A.weight                                   diffusers, PEFT (base_model.model. in front, or .default. inside)
-    unet.{layer}.lora.down.weight                                diffusers before 0.22; text encoder: .lora_linear_layer.
-    {attention}.processor.to_q_lora.down.weight                  diffusers before 0.17, and the original's motion LoRAs
-    lora_unet_{layer with _ for .}.lora_down.weight, .alpha      kohya
+unet.{layer}.lora_A.weight                                   diffusers, PEFT (base_model.model. in front, or .default. inside)
+unet.{layer}.lora.down.weight                                diffusers before 0.22; text encoder: .lora_linear_layer.
+{attention}.processor.to_q_lora.down.weight                  diffusers before 0.17, and the original's motion LoRAs
+lora_unet_{layer with _ for .}.lora_down.weight, .alpha      kohya
 """
 
 import json

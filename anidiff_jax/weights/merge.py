@@ -25,7 +25,9 @@ def merged_folder(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}-merged")
 
 
-def write_merged_adapter(adapter: str | Path | None, revision: str | None, checkpoint: Path, replace: bool = False) -> Path:
+def write_merged_adapter(
+    adapter: str | Path | None, revision: str | None, checkpoint: Path, replace: bool = False, hub: str = "huggingface"
+) -> Path:
     """Adds the checkpoint's LoRA to the motion adapter in float32, and writes it in the adapter's own type; returns the folder.
 
     adapter: folder, file or hub id; None = the embedded one. UserError where the folder exists and `replace` is false, where
@@ -34,7 +36,8 @@ def write_merged_adapter(adapter: str | Path | None, revision: str | None, check
     target = merged_folder(checkpoint)
     if target.exists() and not replace:
         raise UserError(f"{target} exists: give --replace_if_exists true to write it anew, or move it away")
-    raw, params, header = merged_adapter(EMBEDDED / "motion_adapter" if adapter is None else resolve(str(adapter), revision), checkpoint)
+    source = EMBEDDED / "motion_adapter" if adapter is None else resolve(str(adapter), revision, hub)
+    raw, params, header = merged_adapter(source, checkpoint)
     with files.written_whole(target) as out:
         write_adapter(params, raw, out, header)
     return target

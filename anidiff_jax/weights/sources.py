@@ -56,7 +56,9 @@ def base_source(path: Path, vae: Path | None = None, text_encoder: Path | None =
         tokenizer = own[0] if own else tokenizer
     for part in PARTS:
         if part not in parts:
-            raise UserError(f"{path} holds no {part.replace('_', ' ')}: give one with {'--vae_path' if part == 'vae' else '--text_encoder_path'}")
+            raise UserError(
+                f"{path} holds no {part.replace('_', ' ')}: give one with {'--vae_path' if part == 'vae' else '--text_encoder_path'}"
+            )
     named = {part: NAMES[part](tensors) if part in NAMES else tensors for part, tensors in parts.items()}
     return Source(path, configs, named, tokenizer, scheduler)
 

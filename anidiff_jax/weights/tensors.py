@@ -88,7 +88,9 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     for key, value in found.items():
         if value.is_sparse or value.is_quantized or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{path}: {key} has shape {list(value.shape)}, more than the file holds: it is damaged, or not meant well")
-    return {key: Tensor(tuple(value.shape), str(value.dtype).removeprefix("torch."), partial(_numpy, value)) for key, value in found.items()}
+    return {
+        key: Tensor(tuple(value.shape), str(value.dtype).removeprefix("torch."), partial(_numpy, value)) for key, value in found.items()
+    }
 
 
 def _refuse_compressed(path: Path) -> None:

@@ -1,10 +1,8 @@
 """Pushing to a hub: a small server on the loopback that speaks the calls used, and one that refuses."""
 
-import base64
 import json
 import logging
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import sys
 
 import pytest
 
@@ -12,66 +10,8 @@ from anidiff_jax.arguments import parse
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.training.push import Hub, card
-
-TOKEN = "hf_secretsecretsecret"
-
-
-class Server(ThreadingHTTPServer):
-    def __init__(self, refuse: bool):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.refuse, self.commits, self.created, self.tokens = refuse, [], [], set()
-        self.here = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.tokens.add(self.headers["Authorization"])
-        if self.server.refuse:
-            return self.answer(403, {"error": f"no right to write with {self.headers['Authorization']}"})
-        if self.path == "/api/repos/create":
-            self.server.created.append(json.loads(body))
-            return self.answer(200, {"url": f"{self.server.here}/me/motion", "name": "me/motion"})
-        if self.path == "/api/validate-yaml":
-            return self.answer(200, {"errors": [], "warnings": []})
-        if self.path.endswith("/preupload/main"):
-            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
-            return self.answer(200, {"files": files})
-        if self.path.endswith("/commit/main"):
-            lines = [json.loads(line) for line in body.splitlines()]
-            files = {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
-            self.server.commits.append(files)
-            return self.answer(200, {"commitUrl": f"{self.server.here}/me/motion/commit/0", "commitOid": "0", "hookOutput": ""})
-        return self.answer(404, {"error": self.path})
-
-    def answer(self, code, value):
-        data = json.dumps(value).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    servers = []
-
-    def start(refuse=False):
-        server = Server(refuse)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.here)
-        return server
-
-    yield start
-    for server in servers:
-        server.shutdown()
+from anidiff_jax.weights.hub import HUBS
+from tests.hubs import TOKEN
 
 
 def config(strategy, *more) -> TrainConfig:
@@ -95,31 +35,51 @@ def run(tmp_path):
     return tmp_path / "ad-1" / "checkpoints"
 
 
+@pytest.mark.parametrize("name", HUBS)
 @pytest.mark.parametrize(
     ("strategy", "pushed"),
-    [("push_best", [b"weights5"]), ("push_last", [b"weights10"]), ("all_checkpoints", [b"weights5", b"weights10"])],
+    [("push_best", {"": 5}), ("push_last", {"": 10}), ("all_checkpoints", {"iter-5/": 5, "iter-10/": 10})],
 )
-def test_strategies(hub, run, strategy, pushed):
-    server = hub()
-    pusher = Hub(config(strategy), 12)
+def test_strategies(hub, run, name, strategy, pushed):
+    server = hub(name)
+    pusher = Hub(config(strategy, "--hub", name), 12)
     pusher.saved(run / "iter-5", is_best=True)
     pusher.saved(run / "iter-10", is_best=False)
     pusher.finished(run / "iter-10")
-    prefixes = ["iter-5/", "iter-10/"] if strategy == "all_checkpoints" else [""]
-    assert [commit[prefix + "pytorch_lora_weights.safetensors"] for commit, prefix in zip(server.commits, prefixes, strict=True)] == pushed
-    for commit, prefix in zip(server.commits, prefixes, strict=True):
-        assert {name.removeprefix(prefix) for name in commit} == {"pytorch_lora_weights.safetensors", "sample.gif", "README.md"}
-        assert b"12, of 8 frames" in commit[f"{prefix}README.md"]
-    asked = server.created[0]
-    assert asked.get("private") or asked["visibility"] == "private"
+    there = dict(server.uploads)
+    assert len(there) == len(server.uploads) == 3 * len(pushed)
+    for prefix, step in pushed.items():
+        assert there[f"{prefix}pytorch_lora_weights.safetensors"] == b"weights%d" % step
+        assert there[f"{prefix}sample.gif"] == b"GIF"
+        assert b"12, of 8 frames" in there[f"{prefix}README.md"]
+    assert server.private == {"me/motion": True}
     assert server.tokens == {f"Bearer {TOKEN}"}
 
 
-def test_a_refusal_is_a_warning_without_the_token(hub, run, caplog):
-    hub(refuse=True)
+def test_a_public_repository(hub, run):
+    server = hub("modelscope")
+    Hub(config("push_last", "--hub", "modelscope", "--hub_private_repo", "false"), 12).finished(run / "iter-10")
+    assert server.private == {"me/motion": False}
+    assert server.license == "Other"  # ours to push, not to license
+
+
+@pytest.mark.parametrize(
+    ("name", "refuses", "reason"),
+    [
+        ("huggingface", {"refuse": "/"}, "403 Forbidden"),
+        ("modelscope", {"refuse": "/"}, "no right to write with Bearer …"),
+        # A busy server: its package tries again, and would write into a log of its own what was answered.
+        ("modelscope", {"refuse": "/commit/", "code": 503}, "no right to write with Bearer …"),
+    ],
+)
+def test_a_refusal_is_a_warning_without_the_token(hub, run, name, refuses, reason, caplog, monkeypatch):
+    hub(name, **refuses)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(logging.getLogger("modelscope_hub"), "handlers", [caplog.handler])
     with caplog.at_level(logging.DEBUG):
-        Hub(config("push_last"), 12).finished(run / "iter-10")
-    assert "could not be pushed to me/motion" in caplog.text
+        Hub(config("push_last", "--hub", name), 12).finished(run / "iter-10")
+    assert "could not be pushed to me/motion: " in caplog.text
+    assert reason in caplog.text
     assert TOKEN not in caplog.text
 
 
@@ -132,9 +92,32 @@ def test_the_token_and_paths_stay_here(run):
     assert "`learning_rate`: 0.001" in text
 
 
-def test_what_is_missing_is_said_at_once(monkeypatch):
+def test_what_is_missing_is_said_at_once(monkeypatch, hub):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(UserError, match="hub_model_id"):
         TrainConfig(push_to_hub=True)
-    with pytest.raises(UserError, match="needs a token"):
+    with pytest.raises(UserError, match="needs a token: set HF_TOKEN"):
         TrainConfig(push_to_hub=True, hub_model_id="me/motion")
+    with pytest.raises(UserError, match="needs a token: set MODELSCOPE_API_TOKEN"):
+        TrainConfig(push_to_hub=True, hub_model_id="me/motion", hub="modelscope")
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", TOKEN)
+    TrainConfig(push_to_hub=True, hub_model_id="me/motion", hub="modelscope")
+    with pytest.raises(UserError, match="owner/name"):
+        TrainConfig(push_to_hub=True, hub_model_id="motion", hub="modelscope")
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
+    with pytest.raises(UserError, match="pip install modelscope-hub"):
+        TrainConfig(push_to_hub=True, hub_model_id="me/motion", hub="modelscope")
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_the_token_of_the_environment_or_of_a_login(hub, run, name, monkeypatch):
+    server = hub(name)
+    if name == "huggingface":
+        monkeypatch.setenv("HF_TOKEN", "hf_another")
+    else:
+        from modelscope_hub import HubConfig
+
+        HubConfig().save_token("hf_another")
+    words = ["--push_to_hub", "--hub_model_id", "me/motion", "--push_hub_strategy", "push_last", "--hub", name]
+    Hub(parse(TrainConfig, words), 1).finished(run / "iter-10")
+    assert server.tokens == {"Bearer hf_another"}

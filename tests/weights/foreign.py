@@ -43,7 +43,9 @@ def ldm_unet_name(key: str, layers: int = 1) -> str:
     for ours, theirs in fixed.items():
         if key.startswith(ours + "."):
             return theirs + key.removeprefix(ours)
-    block, kind, rest = re.fullmatch(r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(.*)", key).groups()
+    block, kind, rest = re.fullmatch(
+        r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(.*)", key
+    ).groups()
     j, rest = rest.split(".", 1)
     if kind == "resnets":
         name, leaf = rest.rsplit(".", 1)
