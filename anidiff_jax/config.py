@@ -45,13 +45,33 @@ def arg(default, help: str, **metadata):
 class _Shared:
     """Arguments that training and sampling have in common. `given` names those that the user set."""
 
-    model_id_or_path: str | None = arg(None, "base model: folder in diffusers layout or hub id; none = the embedded tiny model")
+    model_id_or_path: str | None = arg(
+        None, "base model: folder in diffusers layout, single file of Stable Diffusion 1.x, or hub id; none = the embedded tiny model"
+    )
     model_revision: str | None = arg(None, "revision of the base model on the hub")
-    motion_adapter_id_or_path: str | None = arg(None, "motion adapter: folder, .safetensors file, checkpoint of full training, or hub id")
+    motion_adapter_id_or_path: str | None = arg(
+        None, "motion modules: diffusers folder, file of diffusers' or the original naming, checkpoint of full training, or hub id"
+    )
     motion_adapter_revision: str | None = arg(None, "revision of the motion adapter on the hub")
     hub: Literal["huggingface", "modelscope"] = arg(
         "huggingface", "where hub ids are looked up, and where push_to_hub pushes; modelscope: pip install modelscope-hub"
     )
+    vae_path: str | None = arg(None, "VAE in place of the base model's: file, folder or hub id of a VAE or of a whole model")
+    text_encoder_path: str | None = arg(None, "the same for the text encoder, with the tokenizer beside it")
+    lora: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "LoRA to apply, of any common naming, as path[:scale]; repeatable; in training it is folded into the frozen weights",
+            "action": "extend",
+        },
+    )
+    motion_norm: Literal["joint", "per_frame"] = arg(
+        "joint", "statistics of the motion modules' norms: over all frames (diffusers) or in each alone (the original AnimateDiff)"
+    )
+    spatial_norm: Literal["joint", "per_frame"] = arg(
+        "per_frame", "statistics of the image layers' norms: in each frame alone, or over all frames (v1 motion modules)"
+    )
+    motion_scale: float = arg(1.0, "factor of what the motion modules add; 0 = the image model alone")
     motion_num_attention_heads: int = arg(8, "heads of fresh motion modules; an adapter brings its own")
     motion_max_seq_length: int = arg(32, "longest clip that fresh motion modules know, in frames; an adapter brings its own")
     sft_type: Literal["lora", "full"] = arg("lora", "train low-rank adapters, or the parameters themselves")
@@ -111,6 +131,17 @@ class _Shared:
     @property
     def width(self) -> int:
         return int(str(self.sample_size).split("x")[-1])
+
+    def loras(self) -> list[tuple[str, float]]:
+        """(path, scale) of each --lora path[:scale]."""
+        found = []
+        for given in self.lora:
+            path, colon, scale = given.rpartition(":")
+            try:
+                found.append((path, float(scale)) if colon else (given, 1.0))
+            except ValueError:  # the colon belongs to the path
+                found.append((given, 1.0))
+        return found
 
     def said(self, name: str):
         """The value of an argument that the user gave, else None."""

@@ -160,9 +160,9 @@ class AnimateDiffPipeline:
             pipe.load_lora(lora)
         return pipe
 
-    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+    def load_lora(self, path: str | Path, scale: float = 1.0, hub: str = "huggingface") -> None:
         """Applies a LoRA of any common naming, multiplied by `scale`, beside those loaded before. `loras = []` takes all off."""
-        path = resolve(str(path))
+        path = resolve(str(path), hub=hub)
         adapter = load_lora(path, self.model.layers())
         if any(map(is_motion, flatten(adapter.unet))) and not self.model.networks.unet.config.has_motion:
             raise UserError(f"{path} is a LoRA of motion modules: give the motion adapter that it was trained on as well")

@@ -42,7 +42,8 @@ def load(config: TrainConfig) -> Model:
         adapter = EMBEDDED / "motion_adapter"
 
     fresh = False
-    source = base_source(base)
+    local = lambda given: None if given is None else resolve(given, hub=config.hub)
+    source = base_source(base, local(config.vae_path), local(config.text_encoder_path))
     if adapter is None:
         raw = source.configs["unet"]
         if not is_motion_unet(raw) and config.sample_n_frames > 1 and _touches_motion(config, raw):
@@ -68,12 +69,20 @@ def load(config: TrainConfig) -> Model:
             attention=config.attention,
             remat=config.gradient_checkpointing,
             lora_dropout=config.lora_dropout if config.sft_type == "lora" else 0.0,
+            motion_norm=config.motion_norm,
+            spatial_norm=config.spatial_norm,
+            motion_scale=config.motion_scale,
         ),
         dtype=dtype,
         keep_float32=(lambda key: trains(key) and not is_buffer(key)) if config.sft_type == "full" else (lambda key: False),
         seed=config.seed,
     )
     check_size(model, config.sample_n_frames, config.height, config.width)
+    if config.lora:
+        pipeline = AnimateDiffPipeline(model, config.noise())
+        for path, scale in config.loras():
+            pipeline.load_lora(path, scale, config.hub)
+        pipeline.merge_lora()
     return model
 
 

@@ -115,9 +115,7 @@ def load_model(
     params = {
         "unet": weights,
         "vae": load(shapes(networks.vae), source.tensors["vae"], lambda _: dtype, f"{source.where}: VAE"),
-        "text_encoder": load(
-            shapes(networks.text_encoder), source.tensors["text_encoder"], lambda _: dtype, f"{source.where}: text encoder"
-        ),
+        "text_encoder": load(shapes(networks.text_encoder), source.tensors["text_encoder"], lambda _: dtype, f"{source.where}: CLIP"),
     }
     return Model(networks, params, load_tokenizer(source.tokenizer), motion, unet_json, source.scheduler)
 

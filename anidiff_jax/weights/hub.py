@@ -9,7 +9,8 @@ from anidiff_jax.errors import UserError
 
 HUBS = ("huggingface", "modelscope")
 PARTS = ["unet/*", "vae/*", "text_encoder/*"]
-WANTED = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetensors*", "tokenizer/*", "scheduler/*"]
+WANTED = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetensors*", "tokenizer/*", "scheduler/*",
+          "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]  # fmt: skip
 
 
 def resolve(path_or_id: str, revision: str | None = None, hub: str = "huggingface") -> Path:
@@ -72,14 +73,10 @@ def hub_tokenizer(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(repo, allow_patterns=["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"])
-        )
+        return Path(snapshot_download(repo, allow_patterns=["vocab.json", "merges.txt", "tokenizer_config.json"]))
     except Exception as error:  # of many kinds: offline, a mirror without it
         reason = in_a_line(error, token_of("huggingface"))
-        raise UserError(
-            f"a single file holds no tokenizer, and {repo} could not be had ({reason}): give --text_encoder_path SD15"
-        ) from None
+        raise UserError(f"a single file holds no tokenizer; {repo} was not to be had ({reason}): give --text_encoder_path SD15") from None
 
 
 def upload(hub: str, repo: str, files: Mapping[str, Path | bytes], message: str, private: bool, token: str | None) -> str:

@@ -120,17 +120,13 @@ def _motion(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind
         return Kind(VIDEO_UNET, naming, tensors=tensors)
     kind = Kind(MOTION, naming, motion_version(keys, tensors, where.name), tensors=tensors)
     if "conv_in.weight" in rest:
-        return Kind(
-            MOTION, naming, "PIA", supported=False, tensors=tensors, notes=["its first layer takes an image besides: not supported"]
-        )
+        return Kind(MOTION, naming, "PIA", supported=False, tensors=tensors, notes=["its first layer takes an image besides"])
     if rest:
         kind.notes.append(f"{len(rest)} tensors outside of the motion modules, such as {rest[0]}")
     if naming == "original" and kind.version in ("v2", "v3", "AnimateLCM"):
         kind.notes.append("it was trained with norms of its own for each frame: --motion_norm per_frame computes so")
     if kind.version == "v1":
-        kind.notes.append(
-            "it was trained with motion norms for each frame and the image's norms over all: --motion_norm per_frame --spatial_norm joint"
-        )
+        kind.notes.append("it was trained with other norms than diffusers': --motion_norm per_frame --spatial_norm joint computes them")
     return kind
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights import files
 from anidiff_jax.weights.original import our_name
-from anidiff_jax.weights.tensors import Tensor, metadata_of, tensors_of
+from anidiff_jax.weights.tensors import PICKLES, Tensor, metadata_of, tensors_of
 from anidiff_jax.weights.tree import Tree, flatten, unflatten
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -129,6 +129,9 @@ def file_of(path: Path) -> Path:
         for name in FILES:
             if (folder / name).is_file():
                 return folder / name
+    single = [file for file in sorted(path.glob("*")) if file.suffix in (".safetensors", *PICKLES)]
+    if len(single) == 1:
+        return single[0]
     raise UserError(f"{path} holds no {WEIGHTS} and no adapter_model.*: it is not a LoRA")
 
 

@@ -43,9 +43,7 @@ def ldm_unet_name(key: str, layers: int = 1) -> str:
     for ours, theirs in fixed.items():
         if key.startswith(ours + "."):
             return theirs + key.removeprefix(ours)
-    block, kind, rest = re.fullmatch(
-        r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(.*)", key
-    ).groups()
+    block, kind, rest = re.fullmatch(r"(\w+_blocks\.\d+|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(.*)", key).groups()
     j, rest = rest.split(".", 1)
     if kind == "resnets":
         name, leaf = rest.rsplit(".", 1)
@@ -119,3 +117,57 @@ def save(state: dict, path: Path) -> Path:
     else:
         torch.save(state, path)
     return path
+
+
+def lora_layers(unet, text_encoder, rank: int = 3, seed: int = 5) -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]:
+    """{(network, layer): (down, up)} on the layers that LoRAs of images adapt, convolutions of one pixel among them."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for part, network in (("unet", unet), ("text_encoder", text_encoder)):
+        for name, module in network.named_modules():
+            wanted = "attentions" in name or "motion_modules" in name or name.endswith(("q_proj", "v_proj", "fc1"))
+            if wanted and isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                draw = lambda *shape: torch.randn(shape, generator=generator) / 4
+                down, up = draw(rank, *module.weight.shape[1:]), draw(module.weight.shape[0], rank, *[1] * (module.weight.ndim - 2))
+                found[part, name] = down, up
+    return found
+
+
+def kohya(layers, alpha: float) -> dict[str, torch.Tensor]:
+    state = {}
+    for (part, name), (down, up) in layers.items():
+        if part == "text_encoder" and not name.startswith("text_model."):
+            name = f"text_model.{name}"
+        stem = f"lora_{'unet' if part == 'unet' else 'te'}_{name.replace('.', '_')}"
+        state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(alpha)}
+    return state
+
+
+def peft_names(layers) -> dict[str, torch.Tensor]:
+    """As diffusers writes them today."""
+    return {f"{part}.{name}.lora_{m}.weight": x for (part, name), pair in layers.items() for m, x in zip("AB", pair, strict=True)}
+
+
+def old_diffusers(layers) -> dict[str, torch.Tensor]:
+    """As diffusers 0.17 to 0.21 wrote them: processors in the UNet, lora_linear_layer in the text encoder."""
+    state = {}
+    for (part, name), pair in layers.items():
+        for m, x in zip(("down", "up"), pair, strict=True):
+            if part == "text_encoder":
+                state[f"text_encoder.{name}.lora_linear_layer.{m}.weight"] = x
+            elif re.search(r"attn[12]\.to_", name):
+                attention, to = name.removesuffix(".0").rsplit(".", 1)
+                state[f"unet.{attention}.processor.{to}_lora.{m}.weight"] = x
+            else:
+                state[f"unet.{name}.lora.{m}.weight"] = x
+    return state
+
+
+def original_motion_lora(layers) -> dict[str, torch.Tensor]:
+    """As the original repository's motion LoRAs are written: attentions only, module names, no alpha."""
+    state = {}
+    for (_, name), pair in layers.items():
+        match = re.fullmatch(r"(.*motion_modules\.\d+\.)(transformer_blocks\.\d+\.)attn([12])\.(to_[qkv]|to_out)(\.0)?", name)
+        if match:
+            stem = f"{match[1]}temporal_transformer.{match[2]}attention_blocks.{int(match[3]) - 1}.processor.{match[4]}_lora"
+            state |= {f"{stem}.{m}.weight": x for m, x in zip(("down", "up"), pair, strict=True)}
+    return state

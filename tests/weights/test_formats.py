@@ -148,9 +148,9 @@ def test_what_is_not_read_is_named(tmp_path, adapter, base):
         path = foreign.save({key: some}, tmp_path / "x.safetensors")
         with pytest.raises(UserError, match=name):
             base_source(path)
-    with pytest.raises(UserError, match="motion modules.*--motion_adapter_id_or_path"):
+    with pytest.raises(UserError, match=r"motion modules.*--motion_adapter_id_or_path"):
         base_source(adapter)
-    with pytest.raises(UserError, match="base model.*--model_id_or_path"):
+    with pytest.raises(UserError, match=r"base model.*--model_id_or_path"):
         motion_source(base)
 
 
