@@ -134,14 +134,7 @@ class _Shared:
 
     def loras(self) -> list[tuple[str, float]]:
         """(path, scale) of each --lora path[:scale]."""
-        found = []
-        for given in self.lora:
-            path, colon, scale = given.rpartition(":")
-            try:
-                found.append((path, float(scale)) if colon else (given, 1.0))
-            except ValueError:  # the colon belongs to the path
-                found.append((given, 1.0))
-        return found
+        return [path_and_scale(given) for given in self.lora]
 
     def said(self, name: str):
         """The value of an argument that the user gave, else None."""
@@ -223,6 +216,9 @@ class TrainConfig(_Shared):
     resume_from_checkpoint: str | None = arg(
         None, "go on with a run: its folder, a checkpoint iter-N, or latest (in output_dir). Arguments not given are the run's own"
     )
+    export: Literal["none", "diffusers", "original", "all"] = arg(
+        "none", "after training, write what trained for other programs too, in float16 into <run>/export, a LoRA merged"
+    )
     use_tensorboard: bool = arg(False, "log to TensorBoard files in the run's folder too (pip install tensorboardX)")
     use_wandb: bool = arg(False, "log to Weights & Biases too (pip install wandb)")
     push_to_hub: bool = arg(False, "push checkpoints, with a card and a sample, to the hub")
@@ -303,6 +299,15 @@ class SampleConfig(_Shared):
             raise UserError(f"fps {self.fps} must be above 0 and at most 50, the fastest that viewers play")
         if self.merge_lora and (self.ckpt_dir is None or self.sft_type != "lora"):
             raise UserError("merge_lora needs --sft_type lora and --ckpt_dir, the checkpoint whose LoRA is to be merged")
+
+
+def path_and_scale(given: str) -> tuple[str, float]:
+    """ "style.safetensors:0.7" → ("style.safetensors", 0.7); without a scale it is one."""
+    path, colon, scale = given.rpartition(":")
+    try:
+        return (path, float(scale)) if colon else (given, 1.0)
+    except ValueError:  # the colon belongs to the path
+        return given, 1.0
 
 
 def _at_least(config, name: str, least: int) -> None:

@@ -144,9 +144,8 @@ class AnimateDiffPipeline:
             base, motion_adapter = EMBEDDED, motion_adapter or EMBEDDED / "motion_adapter"
         local = lambda given, revision=None: None if given is None else resolve(str(given), revision, hub)
         model = load_model(
-            base_source(resolve(str(base), model_revision, hub), local(vae), local(text_encoder)),
+            base_source(resolve(str(base), model_revision, hub), local(vae), local(text_encoder), local(unet)),
             local(motion_adapter, motion_adapter_revision),
-            unet=local(unet),
             motion_heads=motion_num_attention_heads,
             motion_frames=motion_max_seq_length,
             settings=Settings(

@@ -19,10 +19,8 @@ from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.networks import Networks
 from anidiff_jax.models.unet import UNet
 from anidiff_jax.models.vae import AutoencoderKL, vae_config
-from anidiff_jax.weights import store
-from anidiff_jax.weights.files import load, read_json
-from anidiff_jax.weights.hub import hub_tokenizer
-from anidiff_jax.weights.sources import Source, base_source, motion_source
+from anidiff_jax.weights.files import load
+from anidiff_jax.weights.sources import Source, base_source, motion_source, tokenizer_of
 from anidiff_jax.weights.tensors import Tensor
 from anidiff_jax.weights.tree import Tree, flatten, is_motion, merge, split
 
@@ -51,7 +49,6 @@ def load_model(
     base: Path | Source,
     motion_adapter: Path | None = None,
     *,
-    unet: Path | None = None,
     fresh_motion: bool = False,
     motion_heads: int | None = None,
     motion_frames: int | None = None,
@@ -62,7 +59,6 @@ def load_model(
 ) -> Model:
     """Loads a base model with a motion adapter, with fresh motion modules, or with none.
 
-    unet: a folder whose UNet takes the place of the base's (one that trained as a whole).
     motion_heads, motion_frames: what the user said of the motion modules. It shapes fresh ones, gives the heads of a file
     without config, and is an error where an adapter says otherwise.
     dtype: of all weights (None: as stored), except those of the UNet for which keep_float32(key). A base that is itself a
@@ -72,8 +68,6 @@ def load_model(
     settings = settings or Settings()
     dtype_of = lambda key: "float32" if keep_float32(key) else dtype
     where, unet_json, unet_tensors = source.where, source.configs["unet"], source.tensors["unet"]
-    if unet is not None:
-        where, unet_json, unet_tensors = unet, read_json(unet / "config.json"), store.tensors_in(unet)
     groups = unet_json.get("norm_num_groups") or 32
     own_motion = {k: t for k, t in unet_tensors.items() if is_motion(k)}
     unet_tensors = {k: t for k, t in unet_tensors.items() if not is_motion(k)}
@@ -117,12 +111,11 @@ def load_model(
         "vae": load(shapes(networks.vae), source.tensors["vae"], lambda _: dtype, f"{source.where}: VAE"),
         "text_encoder": load(shapes(networks.text_encoder), source.tensors["text_encoder"], lambda _: dtype, f"{source.where}: CLIP"),
     }
-    return Model(networks, params, load_tokenizer(source.tokenizer), motion, unet_json, source.scheduler)
+    return Model(networks, params, load_tokenizer(tokenizer_of(source)), motion, unet_json, source.scheduler)
 
 
-def load_tokenizer(folder: Path | str):
-    """CLIP's tokenizer from vocab.json + merges.txt or tokenizer.json; from the hub where it is an id."""
-    folder = hub_tokenizer(folder) if isinstance(folder, str) else folder
+def load_tokenizer(folder: Path):
+    """CLIP's tokenizer from vocab.json + merges.txt or tokenizer.json."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise UserError(f"{folder} holds neither tokenizer.json nor vocab.json: the model's tokenizer is missing")
     from transformers import CLIPTokenizer

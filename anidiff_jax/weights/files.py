@@ -12,13 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from anidiff_jax.errors import UserError, read_text
-from anidiff_jax.weights.tensors import Tensor, tensors_of
+from anidiff_jax.weights.tensors import Tensor, tensors_of, write_tensors
 from anidiff_jax.weights.tree import Flat, Tree, flatten, unflatten
 
 PICKLED_STEMS = {"model": "pytorch_model"}  # transformers' name of a pickle
@@ -130,11 +128,12 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 def save(tree: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a parameter tree under its diffusers keys; dtypes stay. The header's metadata is text."""
-    arrays = {key: to_theirs(key, np.asarray(jax.device_get(value))) for key, value in flatten(tree).items()}
-    aside = path.with_name(f".{path.name}.part")
-    save_file(arrays, aside, {"format": "pt", **(metadata or {})})
-    aside.chmod(0o644)
-    os.replace(aside, path)
+    write_tensors({key: tensor_of(key, value) for key, value in flatten(tree).items()}, path, metadata)
+
+
+def tensor_of(key: str, value) -> Tensor:
+    """One of our parameters as PyTorch has it."""
+    return Tensor(their_shape(key, value.shape), str(value.dtype), lambda: to_theirs(key, np.asarray(value)))
 
 
 def save_json(value: Mapping[str, Any], path: Path) -> None:

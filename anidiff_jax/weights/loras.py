@@ -18,7 +18,7 @@ import numpy as np
 
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights import files
-from anidiff_jax.weights.original import our_name
+from anidiff_jax.weights.original import original_names, our_name
 from anidiff_jax.weights.tensors import PICKLES, Tensor, metadata_of, tensors_of
 from anidiff_jax.weights.tree import Tree, flatten, unflatten
 
@@ -183,6 +183,34 @@ def save_lora(lora: Mapping, folder: Path, alpha: float, dropout: float, base: s
         "base_model_name_or_path": base,
     }
     files.save_json(config, folder / CONFIG)
+
+
+def as_named(lora: Lora, naming: str, where: Path) -> dict[str, Tensor]:
+    """The adapters' tensors, alpha / rank folded in, under the names of "diffusers", "original" or "kohya"."""
+    found: dict[str, Tensor] = {}
+    for part, tree in (("unet", lora.unet), ("text_encoder", lora.text_encoder)):
+        flat = flatten(tree)
+        for layer in sorted({key.split(".lora_")[0] for key in flat}):
+            down, up = (files.tensor_of("weight", flat[f"{layer}.lora_{m}.weight"]) for m in "AB")
+            if len(down.shape) == 4:
+                up = Tensor.of(up.read()[..., None, None])
+            if naming == "diffusers":
+                found |= {f"{part}.{layer}.lora_A.weight": down, f"{part}.{layer}.lora_B.weight": up}
+            elif naming == "kohya":
+                stem = f"lora_{'unet' if part == 'unet' else 'te'}_{layer.replace('.', '_')}"
+                alpha = Tensor.of(np.array(down.shape[0], np.float32))
+                found |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": alpha}
+            else:
+                match = re.fullmatch(r"(.*motion_modules\..*attn[12])\.(to_[qkv]|to_out)(\.0)?", layer)
+                if match is None:
+                    raise UserError(
+                        f"{where} adapts {layer}, and the original's motion LoRAs only the attentions of motion modules: merge it into its "
+                        "adapter, or train with --trainable_modules '.*motion_modules.*attn.*'"
+                    )
+                (attention,) = original_names(f"{match[1]}.to_q.weight")
+                stem = f"{attention.removesuffix('.to_q.weight')}.processor.{match[2]}_lora"
+                found |= {f"{stem}.down.weight": down, f"{stem}.up.weight": up}
+    return found
 
 
 def check_fits(lora: Mapping, params: Mapping, where: str | Path) -> None:

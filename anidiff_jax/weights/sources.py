@@ -8,6 +8,7 @@ from typing import Any
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights import kinds, ldm, store
 from anidiff_jax.weights.files import read_json
+from anidiff_jax.weights.hub import hub_tokenizer
 from anidiff_jax.weights.kinds import Kind, recognise
 from anidiff_jax.weights.original import from_original
 from anidiff_jax.weights.store import PARTS, STEMS
@@ -30,12 +31,17 @@ class Source:
     tensors: dict[str, dict[str, Tensor]]
     tokenizer: Path | str  # a folder, or the hub id that has it
     scheduler: dict[str, Any]
+    index: dict[str, Any]  # model_index.json; {} of a single file
 
 
-def base_source(path: Path, vae: Path | None = None, text_encoder: Path | None = None) -> Source:
-    """A folder in diffusers layout, ours with Orbax arrays, or a single file; `vae` and `text_encoder` take the place of its own."""
+def base_source(path: Path, vae: Path | None = None, text_encoder: Path | None = None, unet: Path | None = None) -> Source:
+    """A folder in diffusers layout, ours with Orbax arrays, or a single file; the other three take the place of its own parts.
+
+    unet: the folder of one that trained as a whole.
+    """
     found = expect(path, kinds.BASE)
-    parts, configs, scheduler = dict[str, dict[str, Tensor]](), dict[str, dict[str, Any]](), dict[str, Any]()
+    parts, configs = dict[str, dict[str, Tensor]](), dict[str, dict[str, Any]]()
+    scheduler, index = dict[str, Any](), dict[str, Any]()
     tokenizer: Path | str = CLIP_TOKENIZER
     if found.naming == "LDM":
         parts = ldm.parts_of(found.tensors, path)
@@ -48,7 +54,9 @@ def base_source(path: Path, vae: Path | None = None, text_encoder: Path | None =
             tokenizer = path / "tokenizer"
         if (path / "scheduler" / "scheduler_config.json").is_file():
             scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-    for part, other in (("vae", vae), ("text_encoder", text_encoder)):
+        if (path / "model_index.json").is_file():
+            index = read_json(path / "model_index.json")
+    for part, other in (("vae", vae), ("text_encoder", text_encoder), ("unet", unet)):
         if other is not None:
             parts[part], configs[part] = _part_of(other, part)
     if text_encoder is not None:
@@ -60,7 +68,12 @@ def base_source(path: Path, vae: Path | None = None, text_encoder: Path | None =
                 f"{path} holds no {part.replace('_', ' ')}: give one with {'--vae_path' if part == 'vae' else '--text_encoder_path'}"
             )
     named = {part: NAMES[part](tensors) if part in NAMES else tensors for part, tensors in parts.items()}
-    return Source(path, configs, named, tokenizer, scheduler)
+    return Source(path, configs, named, tokenizer, scheduler, index)
+
+
+def tokenizer_of(source: Source) -> Path:
+    """The folder of its tokenizer, out of the hub where it has none of its own."""
+    return hub_tokenizer(source.tokenizer) if isinstance(source.tokenizer, str) else source.tokenizer
 
 
 def _part_of(path: Path, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

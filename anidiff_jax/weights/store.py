@@ -22,13 +22,8 @@ PARTS = tuple(STEMS)
 def tensors_in(folder: Path, stem: str = STEMS["unet"]) -> dict[str, Any]:
     """Every tensor of a component's folder, from Orbax or safetensors."""
     if (folder / ORBAX).is_dir():
-        return {key: _restored(key, array) for key, array in restore_flat(folder / ORBAX).items()}
+        return {key: files.tensor_of(key, array) for key, array in restore_flat(folder / ORBAX).items()}
     return files.tensors_in(folder, stem)
-
-
-def _restored(key: str, array: np.ndarray) -> Tensor:
-    """A tensor out of an Orbax checkpoint, which holds arrays in our layout."""
-    return Tensor(files.their_shape(key, array.shape), str(array.dtype), lambda: files.to_theirs(key, array))
 
 
 def save_flat(arrays: Mapping[str, np.ndarray], folder: Path) -> None:

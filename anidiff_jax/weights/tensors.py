@@ -1,8 +1,10 @@
-"""Tensors in files, unread until they are asked for: safetensors, and PyTorch's pickles where torch is installed.
+"""Tensors in files, unread until they are asked for: safetensors, and PyTorch's pickles where torch is installed; and written so.
 
 Nothing in a file is executed, and no file makes memory grow beyond its own size.
 """
 
+import json
+import os
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,13 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from anidiff_jax.errors import UserError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-_NUMPY = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # safetensors' names
+_NUMPY = {  # of safetensors' names
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "BOOL": "bool", "U8": "uint8",
+    **{f"I{n}": f"int{n}" for n in (8, 16, 32, 64)},
+}  # fmt: skip
+_THEIRS = {ours: theirs for theirs, ours in _NUMPY.items()}
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,10 @@ class Tensor:
     @classmethod
     def of(cls, array: np.ndarray) -> "Tensor":
         return cls(tuple(array.shape), str(array.dtype), lambda: array)
+
+    def cast(self, dtype: str) -> "Tensor":
+        """The same in another type."""
+        return self if dtype == self.dtype else Tensor(self.shape, dtype, lambda: self.read().astype(_numpy_type(dtype)))
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -115,7 +126,28 @@ def _numpy(tensor) -> np.ndarray:
     import torch
 
     if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
-
         return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.contiguous().numpy()
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a .safetensors file, one tensor in memory at a time; it has its name when it is whole."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    order = sorted(tensors, key=lambda key: (-_numpy_type(tensors[key].dtype).itemsize, key))  # as safetensors aligns them
+    for key in order:
+        tensor = tensors[key]
+        start, end = end, end + int(np.prod(tensor.shape, dtype=np.int64)) * _numpy_type(tensor.dtype).itemsize
+        header[key] = {"dtype": _THEIRS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            file.write(np.ascontiguousarray(tensors[key].read().astype(_numpy_type(tensors[key].dtype), copy=False)).view(np.uint8).data)
+    os.replace(aside, path)
+
+
+def _numpy_type(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
