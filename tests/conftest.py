@@ -14,6 +14,11 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def words_of(**values) -> list[str]:
+    """Arguments as the words of a command line."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     """A tiny Stable Diffusion folder written by diffusers, that is not the embedded one."""

@@ -161,14 +161,18 @@ def frames_of(path):
 
 
 def test_a_whole_unet_trains_on_single_frames(script, base, clips, tmp_path):
-    images = ["--sft_type", "full", "--trainable_modules", ".*", "--sample_n_frames", "1", "--sample_size", "16", "--max_steps", "1",
-              "--gradient_accumulation_steps", "1", "--num_inference_steps", "1",
+    images = ["--sft_type", "full", "--trainable_modules", ".*", "--sample_n_frames", "1", "--sample_size", "16", "--num_train_epochs", "1",
+              "--gradient_accumulation_steps", "1", "--num_inference_steps", "1", "--eval_steps", "1", "--sample_stride", "1",
               "--validation_prompts_path", prompts(tmp_path)]  # fmt: skip
     code, printed, _ = script(
         "train.py", "--model_id_or_path", base, *data(clips), *images, "--output_dir", tmp_path, "--warmup_ratio", "0"
     )
     assert code == 0
-    trained = UNet2DConditionModel.from_pretrained(printed[-1]).state_dict()
+    last = Path(printed[-1])
+    assert last.name == "iter-2"  # 6 clips, 4 an update
+    assert {path.name for path in last.parent.glob("iter-*")} == {"iter-1", "iter-2"}  # saved when it is evaluated
+    assert {path.name for path in (last.parent.parent / "samples").iterdir()} == {"iter-1", "iter-2"}
+    trained = UNet2DConditionModel.from_pretrained(last).state_dict()
     before = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
     assert sum((trained[key] != before[key]).any().item() for key in before) > 0.9 * len(before)
 

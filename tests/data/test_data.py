@@ -4,6 +4,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -108,6 +109,44 @@ def test_window():
     assert len({tuple(window(70, 16, 4, np.random.default_rng(s))) for s in range(100)}) == 10
     with pytest.raises(BadVideo, match="has 15 frames, a clip needs 16"):
         window(15, 16, 4, rng)
+
+
+def test_clips_have_the_frames_the_stride_and_the_size_that_are_asked_for(tmp_path):
+    """The video's frames say which they are: frame i has the grey 5 · i."""
+    grey = np.arange(50, dtype=np.uint8)[:, None, None, None] * 5
+    save_mp4(np.broadcast_to(grey, (50, 32, 64, 3)), tmp_path / "a.mp4")
+    for frames, stride, size in ((4, 3, "16x24"), (6, 5, "24"), (5, 1, "16")):
+        clips = clips_of(Records(tmp_path, ["a.mp4"], ["a"]), sample_n_frames=frames, sample_stride=stride, sample_size=size)
+        starts = set()
+        for i in range(8):
+            pixels = clips(i, 0)["pixels"]
+            height, width = (int(side) for side in (size.split("x") * 2)[:2])
+            assert pixels.shape == (frames, height, width, 3)
+            chosen = np.round(pixels.mean((1, 2, 3)) / 5)
+            assert set(np.diff(chosen)) == {stride}
+            starts.add(chosen[0])
+        assert len(starts) > 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_as_many_threads_read_as_are_asked_for(threads):
+    """Each reader waits for others to be there: only so many come."""
+    here, most, lock, meet = 0, 0, threading.Lock(), threading.Event()
+
+    def source(row, rng):
+        nonlocal here, most
+        with lock:
+            here += 1
+            most = max(most, here)
+            if here > threads:
+                meet.set()
+        meet.wait(0.2)
+        with lock:
+            here -= 1
+        return {"pixels": np.zeros(1)}
+
+    next(batches(Clips(Records(None, ["a"] * 8, [""] * 8), 0, source), 8, threads))
+    assert most == threads
 
 
 def test_frames_are_those_of_the_video(tmp_path):

@@ -1,9 +1,11 @@
 """Writing beside the updates: what goes wrong comes up, and leaves what was whole before."""
 
 import errno
+import json
 
 import jax.numpy as jnp
 import pytest
+from safetensors.numpy import load_file
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import UserError
@@ -11,6 +13,7 @@ from anidiff_jax.training import checkpoint
 from anidiff_jax.training.push import Hub
 from anidiff_jax.training.runs import best_of, steps_in
 from anidiff_jax.training.state import TrainState
+from anidiff_jax.weights.lora_files import load_lora
 
 
 @pytest.fixture
@@ -68,3 +71,14 @@ def test_retention_never_deletes_the_best_or_the_last(write, tmp_path, limit, ke
             checkpoints.save(state(step), {}, loss)
     assert steps_in(tmp_path / "checkpoints") == kept
     assert best_of(tmp_path / "checkpoints") == {"step": 3, "validation_loss": 0.1}
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("fp32", "float32"), ("fp16", "float16")])
+def test_a_lora_is_written_as_it_was_asked_for(tmp_path, dtype, stored):
+    config = TrainConfig(model_id_or_path="a/model", lora_rank=3, lora_alpha=12, lora_dropout=0.2, lora_dtype=dtype)
+    layer = {"lora_A": {"weight": jnp.ones((5, 3))}, "lora_B": {"weight": jnp.ones((3, 5))}}
+    checkpoint.write_checkpoint(tmp_path / "iter-2", TrainState(jnp.int32(2), {"to_q": layer}, ()), {}, None, config)
+    said = json.loads((tmp_path / "iter-2" / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["lora_dropout"], said["base_model_name_or_path"]) == (3, 12, 0.2, "a/model")
+    assert {str(x.dtype) for x in load_file(tmp_path / "iter-2" / "pytorch_lora_weights.safetensors").values()} == {stored}
+    assert load_lora(tmp_path / "iter-2")[1] == 4

@@ -1,5 +1,6 @@
 """Two processes of two devices do what one process of four does; when one dies, the other ends."""
 
+import signal
 import socket
 import time
 
@@ -51,3 +52,15 @@ def test_when_one_dies_the_other_ends(command, tmp_path):
     _, err = first.communicate(timeout=90)
     assert time.monotonic() - clock < 60
     assert first.returncode != 0, err
+
+
+def test_when_one_is_asked_to_end_both_do(command, tmp_path):
+    """A cluster may take one machine back: all save at the same update."""
+    processes = start_two(*command, "--output_dir", tmp_path, "--max_steps", "100000", "--save_steps", "100000")
+    wait_for(processes[0], tmp_path, lambda run: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") > 2)
+    processes[1].send_signal(signal.SIGTERM)
+    checkpoint = finish(processes[0])
+    _, err = processes[1].communicate(timeout=60)
+    assert processes[1].returncode == 0, err
+    assert int(checkpoint.name[5:]) == log_of(checkpoint.parent.parent)[-1]["step"]
+    assert state_of(checkpoint)

@@ -1,6 +1,7 @@
 """The update: equal to PyTorch's, and the same however many devices and micro-batches share the work."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from diffusers import AutoencoderKL
 from transformers import get_scheduler
 
 from anidiff_jax.config import TrainConfig
-from anidiff_jax.diffusion.schedule import NoiseSchedule
+from anidiff_jax.diffusion.schedule import NoiseSchedule, loss_weight
+from anidiff_jax.models.layers import Settings
 from anidiff_jax.parallel import data_parallel, replicate, split_batch
 from anidiff_jax.training import setup
 from anidiff_jax.training.state import TrainState, learning_rate, make_optimizer
@@ -129,6 +131,30 @@ def test_learning_rates_are_those_of_transformers(kind):
     assert learning_rate(config, 1)(0) == pytest.approx(3e-4)  # a run of one update learns
 
 
+def first_step(config, gradient):
+    """(AdamW's first moment, the change of a parameter that is 2) after one update with this gradient."""
+    optimizer = make_optimizer(config, 10)
+    params = {"x": jnp.full(4, 2.0)}
+    changes, state = optimizer.update({"x": jnp.full(4, gradient)}, optimizer.init(params), params)
+    return np.asarray(optax.tree.get(state, "mu")["x"]), np.asarray(changes["x"])
+
+
+@pytest.mark.parametrize("limit", [0.5, 3.0, 100.0])
+def test_gradients_are_scaled_down_to_the_norm(limit):
+    moment, _ = first_step(TrainConfig(max_grad_norm=limit), 10.0)
+    assert np.linalg.norm(moment) == pytest.approx(0.1 * min(limit, 20.0))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01, 0.3])
+def test_weights_decay(decay):
+    _, change = first_step(TrainConfig(weight_decay=decay, learning_rate=1e-3, lr_scheduler_type="constant"), 0.0)
+    np.testing.assert_allclose(change, -1e-3 * decay * 2, rtol=1e-5)
+
+
+def test_the_learning_rate_that_is_not_given():
+    assert learning_rate(TrainConfig(lr_scheduler_type="constant"), 10)(0) == pytest.approx(1e-4)
+
+
 def test_the_moving_average(load, batch):
     """Follows what trains: after each update ema = decay · ema + (1 - decay) · params, the first ones followed more closely."""
     config, task, trained, frozen = load("lora", trainable_modules="mid_block.*attn1.to_q")
@@ -163,12 +189,66 @@ def test_offset_noise(load):
     assert len(np.unique(difference.round(5))) == 3 * 4
 
 
+class Toy:
+    """A network of one number: it answers with what it is shown, multiplied by it."""
+
+    settings = Settings()
+
+    def apply(self, variables, sample, timesteps, text):
+        return sample * variables["params"]["x"]
+
+
+def toy(**changes):
+    """(task, what trains, frozen, batch of latents) whose update compiles in no time."""
+    vae = SimpleNamespace(config=SimpleNamespace(shift_factor=0.0, scaling_factor=1.0))
+    task = Task(SimpleNamespace(unet=Toy(), vae=vae, text_encoder=None), **{"schedule": NoiseSchedule(), "seed": 7, **changes})
+    clips = {name: np.full((1, 1, CLIPS, 2, 2, 2, 4), 0.5, np.float32) for name in ("mean", "std")}
+    index = np.arange(CLIPS, dtype=np.uint32)[None, None]
+    return task, {"x": jnp.float32(0.5)}, {"unet": {}}, {**clips, "text": np.zeros((1, 1, CLIPS, 1, 1), np.float32), "index": index}
+
+
+def test_noise_follows_from_the_seed():
+    def loss(**changes):
+        task, trained, frozen, batch = toy(**changes)
+        optimizer = make_optimizer(TrainConfig(), 10)
+        update = data_parallel(make_update(task, optimizer), jax.local_devices()[:1])
+        return float(update(TrainState.create(jax.tree.map(jnp.array, trained), optimizer), frozen, batch)[1]["loss"])
+
+    assert loss() == loss()
+    assert loss(seed=8) != loss()
+
+
+@pytest.mark.parametrize("kind", [{"loss_weighting": "inverse_snr"}, {"snr_gamma": 1.0}])
+def test_a_clip_counts_by_its_noise(kind):
+    _, trained, frozen, _ = toy()
+    clip, text = np.full((1, 2, 2, 2, 4), 0.5, np.float32), np.zeros((1, 1, 1))
+    weights = []
+    for seed in range(8):
+        keys = jax.random.key(seed)[None]
+        plain, weighted = (float(denoising_loss(trained, frozen, toy(**k)[0], clip, text, keys)) for k in ({}, kind))
+        step = jax.random.randint(jax.random.split(keys[0], 3)[0], (), 0, 1000)
+        weights.append(weighted / plain)
+        expected = loss_weight(NoiseSchedule(), step, kind.get("loss_weighting", "none"), kind.get("snr_gamma"))
+        assert weights[-1] == pytest.approx(float(expected), rel=1e-4)
+    assert max(weights) > 1.5 * min(weights)
+
+
+def test_timesteps_are_drawn_from_all_that_there_are():
+    shown = []
+    task, trained, frozen, _ = toy(schedule=NoiseSchedule(num_train_timesteps=3))
+    task.networks.unet = Recorder(task.networks.unet, [], shown)
+    latents, text = np.zeros((64, 1, 1, 1, 4), np.float32), np.zeros((64, 1, 1), np.float32)
+    denoising_loss(trained, frozen, task, latents, text, jax.random.split(jax.random.key(0), 64))
+    assert set(np.asarray(shown[0]).tolist()) == {0, 1, 2}
+
+
 class Recorder:
     """A network that keeps what it is shown."""
 
-    def __init__(self, network, captured):
-        self.settings, self.captured = network.settings, captured
+    def __init__(self, network, captured, timesteps=None):
+        self.settings, self.captured, self.timesteps = network.settings, captured, [] if timesteps is None else timesteps
 
     def apply(self, variables, sample, timesteps, text):
         self.captured.append(sample)
+        self.timesteps.append(timesteps)
         return sample

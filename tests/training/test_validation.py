@@ -2,12 +2,16 @@
 
 import jax
 import numpy as np
+import pytest
 
 from anidiff_jax.config import TrainConfig
+from anidiff_jax.data.records import read_records
 from anidiff_jax.diffusion.schedule import NoiseSchedule
+from anidiff_jax.pipeline import AnimateDiffPipeline
+from anidiff_jax.shapes.clips import write_clips
 from anidiff_jax.training import setup
 from anidiff_jax.training.step import Task
-from anidiff_jax.training.validation import bucket_losses
+from anidiff_jax.training.validation import Validation, bucket_losses
 from anidiff_jax.weights.tree import merge
 
 
@@ -34,3 +38,18 @@ def test_bucket_losses(base, adapter):
         np.testing.assert_allclose(loss, np.mean(errors), rtol=1e-4)
     other = jax.tree.map(lambda x: x * 1.1, trained)
     assert not np.allclose(bucket_losses(task, other, frozen, latents, text, buckets=2), found, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("most", "clips"), [(2, 2), (32, 3)])
+def test_at_most_so_many_clips_are_validated_on(base, adapter, tmp_path, most, clips):
+    write_clips(tmp_path, 3, seed=1)
+    config = TrainConfig(
+        model_id_or_path=str(base), motion_adapter_id_or_path=str(adapter), sample_size="16", sample_n_frames=4, sample_stride=2,
+        validation_clips=most, text_dropout_rate=1.0,
+    )  # fmt: skip
+    model = setup.load(config)
+    task = setup.task(config, model)
+    pipeline = AnimateDiffPipeline(model, task.schedule)
+    validation = Validation(config, read_records(str(tmp_path / "clips.csv"), str(tmp_path)), pipeline, task)
+    assert validation.latents.shape == (clips, 4, 4, 4, 4)
+    assert len({text.tobytes() for text in validation.text}) == clips  # no caption is left out here

@@ -1,0 +1,177 @@
+"""Every argument is read, from a command line and from files, and has a test that it does what it says."""
+
+import ast
+import json
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+import yaml
+
+from anidiff_jax.arguments import parse
+from anidiff_jax.config import EMBEDDED_DEFAULTS, EMBEDDED_PROMPTS, PROMPTS, SampleConfig, TrainConfig
+from anidiff_jax.errors import UserError
+from tests.conftest import words_of
+
+TESTS = Path(__file__).parent
+MODELS = "model_id_or_path model_revision motion_adapter_id_or_path motion_adapter_revision"
+
+# Which test fails when train.py does not do what the argument says: a new argument needs a line here, and the test.
+TRAINING = {
+    "training/test_setup.py::test_each_model_in_its_revision": MODELS,
+    "training/test_setup.py::test_fresh_motion_modules": "motion_num_attention_heads motion_max_seq_length seed",
+    "training/test_setup.py::test_an_adapter_is_gone_on_with": "motion_adapter_id_or_path motion_max_seq_length",
+    "training/test_setup.py::test_how_the_networks_compute": "enable_xformers_memory_efficient_attention lora_dropout",
+    "training/test_setup.py::test_gradient_checkpointing_recomputes": "gradient_checkpointing",
+    "training/test_setup.py::test_on_a_cpu_all_is_float32": "mixed_precision lora_dtype",
+    "training/test_setup.py::test_mixed_precision": "mixed_precision lora_dtype",
+    "training/test_setup.py::test_what_trains": "trainable_modules sft_type",
+    "training/test_setup.py::test_adapters_are_of_the_rank_and_drawn_by_the_seed": "lora_rank trainable_modules sft_type seed",
+    "training/test_setup.py::test_the_task": (
+        "num_train_timesteps beta_start beta_end beta_schedule steps_offset clip_sample seed lora_alpha lora_dtype loss_weighting "
+        "snr_gamma noise_offset ema_decay"
+    ),
+    "training/test_setup.py::test_rows": "csv_path video_folder dataset_sample_size validation_csv validation_fraction seed",
+    "training/test_setup.py::test_where_clips_come_from": "latent_cache",
+    "training/test_cache.py::test_it_gives_what_the_videos_give": "latent_cache",
+    "training/test_checkpoint.py::test_a_lora_is_written_as_it_was_asked_for": "lora_rank lora_alpha lora_dropout lora_dtype",
+    "training/test_checkpoint.py::test_retention_never_deletes_the_best_or_the_last": "save_total_limit",
+    "test_lora.py::test_dropout_leaves_out_the_share_that_is_asked_for": "lora_dropout",
+    "data/test_data.py::test_clips_have_the_frames_the_stride_and_the_size_that_are_asked_for": "sample_size sample_n_frames sample_stride",
+    "data/test_data.py::test_captions_and_flips": "text_dropout_rate random_flip",
+    "data/test_data.py::test_batches_are_a_function_of_the_seed": "seed",
+    "data/test_data.py::test_as_many_threads_read_as_are_asked_for": "dataloader_num_workers",
+    "data/test_vet.py::test_what_is_found": "check_data",
+    "diffusion/test_schedule.py::test_steps_equal_diffusers": "num_train_timesteps beta_schedule steps_offset clip_sample",
+    "training/test_step.py::test_learning_rates_are_those_of_transformers": "learning_rate lr_scheduler_type warmup_ratio",
+    "training/test_step.py::test_gradients_are_scaled_down_to_the_norm": "max_grad_norm",
+    "training/test_step.py::test_weights_decay": "weight_decay",
+    "training/test_step.py::test_a_clip_counts_by_its_noise": "loss_weighting snr_gamma",
+    "training/test_step.py::test_offset_noise": "noise_offset",
+    "training/test_step.py::test_the_moving_average": "ema_decay",
+    "training/test_step.py::test_noise_follows_from_the_seed": "seed",
+    "training/test_step.py::test_timesteps_are_drawn_from_all_that_there_are": "num_train_timesteps",
+    "training/test_parity.py::test_three_updates_equal_pytorch": "sft_type lora_alpha learning_rate lr_scheduler_type",
+    "training/test_samples.py::test_the_arguments_of_validation_videos": (
+        "num_inference_steps guidance_scale sample_size sample_n_frames seed"
+    ),
+    "training/test_validation.py::test_at_most_so_many_clips_are_validated_on": "validation_clips",
+    "test_train.py::test_the_length_of_a_run": "num_train_epochs max_steps batch_size",
+    "test_train.py::test_how_many_clips_an_update_sees_and_how_many_threads_read_them": "batch_size dataloader_num_workers",
+    "test_train.py::test_an_update_is_split_into_micro_batches": "gradient_accumulation_steps",
+    "test_train.py::test_devices_and_processes": "ddp_backend deterministic coordinator_address num_processes process_id",
+    "test_train.py::test_the_data_are_checked_where_that_is_asked_for": "check_data",
+    "test_train.py::test_the_moving_average_is_kept_where_it_is_asked_for": "ema_decay",
+    "test_parallel.py::test_collectives": "ddp_backend",
+    "test_parallel.py::test_determinism": "deterministic",
+    "training/test_processes.py::test_two_processes_do_what_one_does": "coordinator_address num_processes process_id",
+    "training/test_resume.py::test_killed_and_gone_on_with": "resume_from_checkpoint",
+    "training/test_resume.py::test_an_earlier_checkpoint_becomes_a_run_of_its_own": "resume_from_checkpoint save_steps",
+    "training/test_resume.py::test_the_best_and_the_last_are_kept": "save_total_limit eval_steps",
+    "training/test_report.py::test_other_writers_get_the_same": "use_tensorboard use_wandb",
+    "training/test_push.py::test_strategies": "push_to_hub hub_model_id hub_private_repo push_hub_strategy hub_token",
+    "test_scripts.py::test_the_four_commands": "validation_prompts_path output_dir use_tensorboard",
+    "test_scripts.py::test_a_whole_unet_trains_on_single_frames": "eval_steps save_steps num_train_epochs",
+    "test_scripts.py::test_every_script_takes_ids_of_modelscope": "hub",
+    "test_arguments.py::test_unknown_arguments": "ignore_args_error",
+}  # fmt: skip
+SAMPLING = {
+    "test_sample.py::test_what_is_asked_for_and_what_the_file_says": (
+        "prompt negative_prompt sample_size sample_n_frames sample_stride num_inference_steps guidance_scale seed fps output_path"
+    ),
+    "test_sample.py::test_prompts": "validation_prompts_path prompt eval_human",
+    "test_sample.py::test_how_it_computes": "dtype enable_xformers_memory_efficient_attention",
+    "test_sample.py::test_the_noise": "num_train_timesteps beta_start beta_end beta_schedule steps_offset clip_sample",
+    "test_sample.py::test_the_motion_modules": "motion_num_attention_heads motion_max_seq_length",
+    "test_sample.py::test_each_model_in_its_revision": MODELS,
+    "test_sample.py::test_what_was_trained_is_sampled": "ckpt_dir sft_type",
+    "test_sample.py::test_merging": "merge_lora replace_if_exists",
+    "test_pipeline.py::test_frames_equal_diffusers": "num_inference_steps guidance_scale negative_prompt sample_size sample_n_frames",
+    "test_pipeline.py::test_noise_arguments_mean_what_they_mean_in_diffusers": "beta_start beta_end beta_schedule steps_offset clip_sample",
+    "test_pipeline.py::test_a_video_depends_on_its_prompt_and_seed_only": "prompt seed",
+    "test_scripts.py::test_every_script_takes_ids_of_modelscope": "hub",
+    "test_arguments.py::test_unknown_arguments": "ignore_args_error",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "table"), [(TrainConfig, TRAINING), (SampleConfig, SAMPLING)])
+def test_every_argument_has_a_test(kind, table):
+    assert {name for names in table.values() for name in names.split()} == {f.name for f in fields(kind) if f.init}
+    for place in table:
+        file, name = place.split("::")
+        assert name in {node.name for node in ast.parse((TESTS / file).read_text()).body if isinstance(node, ast.FunctionDef)}, place
+
+
+def another_value(f):
+    """A value that the argument may have and that is not its default."""
+    chosen = {
+        "beta_end": 0.5, "sample_size": "16x24", "hub_model_id": "owner/name",
+        "validation_fraction": 0.0, "loss_weighting": "none",  # they exclude validation_csv and snr_gamma
+    }  # fmt: skip
+    kinds = {"int": 3, "float": 0.25, "bool": not f.default, "str": "a text"}
+    if f.name in chosen:
+        return chosen[f.name]
+    if get_origin(f.type) is Literal:
+        return next(value for value in get_args(f.type) if value != f.default)
+    plain = get_args(f.type)[0] if get_args(f.type) else f.type  # of int | None
+    return kinds[plain.__name__]
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, SampleConfig])
+def test_command_lines_and_files_say_the_same(kind, tmp_path):
+    values = {f.name: another_value(f) for f in fields(kind) if f.init and f.name != "resume_from_checkpoint"}  # it would be read
+    if kind is SampleConfig:
+        values["sft_type"] = "lora"  # as merging wants it
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    written = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
+    found = {
+        "words": parse(kind, words_of(**written)),
+        "words with =": parse(kind, [f"--{name.replace('_', '-')}={value}" for name, value in written.items()]),
+        "bare": parse(kind, [f"--{name}" if value == "true" else f"--{name}={value}" for name, value in written.items()]),
+        "json": parse(kind, [str(tmp_path / "run.json")]),
+        "yaml": parse(kind, [str(tmp_path / "run.yaml")]),
+    }
+    for way, config in found.items():
+        assert {name: getattr(config, name) for name in values} == values, way
+        assert config.given == set(values), way
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, SampleConfig])
+def test_the_embedded_model_changes_what_is_not_given(kind):
+    own = {name: value for name, value in EMBEDDED_DEFAULTS.items() if hasattr(kind, name)}
+    assert len(own) >= 4
+    values = lambda *words: {name: getattr(parse(kind, [*words]), name) for name in own}
+    assert values() == own
+    assert values("--model_id_or_path", "a/model") == {name: getattr(kind, name) for name in own}
+    assert values("--sample_n_frames", "5", "--guidance_scale", "8") == {**own, "sample_n_frames": 5, "guidance_scale": 8.0}
+
+
+def test_a_weighting_that_is_given_takes_the_place_of_the_embedded_models():
+    config = parse(TrainConfig, ["--snr_gamma", "5"])
+    assert (config.snr_gamma, config.loss_weighting) == (5, "none")
+
+
+def test_other_names():
+    config = parse(TrainConfig, ["--lora_dropout_p", "0.3"])
+    assert (config.lora_dropout, config.given) == (0.3, {"lora_dropout"})
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, SampleConfig])
+def test_unknown_arguments(kind, caplog):
+    words = ["--guidance_scal", "3", "--seed", "5"]
+    with pytest.raises(UserError, match=r"unknown argument --guidance_scal: did you mean --guidance_scale\?"):
+        parse(kind, words)
+    assert parse(kind, [*words, "--ignore_args_error", "true"]).seed == 5
+    assert "unknown argument --guidance_scal: did you mean --guidance_scale?; ignored" in caplog.text
+
+
+def test_prompts_ship_with_the_package():
+    config = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["anidiff_jax"]
+    shipped = {path for pattern in config for path in (TESTS.parent / "anidiff_jax").glob(pattern)}
+    for kind in (TrainConfig, SampleConfig):
+        for model, path in ((None, EMBEDDED_PROMPTS), ("a/model", PROMPTS)):
+            assert path in shipped
+            assert kind(model_id_or_path=model).prompts() == [line for line in path.read_text().splitlines() if line.strip()]

@@ -1,0 +1,192 @@
+"""What sample.py loads and asks of the pipeline, as its arguments say. Nothing is computed: test_pipeline.py does."""
+
+import io
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+import sample
+from anidiff_jax.arguments import parse
+from anidiff_jax.config import PROMPTS, SampleConfig
+from anidiff_jax.errors import UserError
+from anidiff_jax.lora import init_lora
+from anidiff_jax.models.layers import Settings
+from anidiff_jax.pipeline import AnimateDiffPipeline
+from anidiff_jax.weights.base import load_model
+from anidiff_jax.weights.lora_files import save_lora
+from anidiff_jax.weights.tree import flatten
+from tests import reference
+from tests.conftest import words_of
+
+CLIP = ["--sample_size", "16", "--sample_n_frames", "3"]
+
+
+@pytest.fixture
+def load(base, adapter):
+    """load(word, …) → the pipeline for those words on the command line"""
+    models = ["--model_id_or_path", base, "--motion_adapter_id_or_path", adapter]
+    return lambda *words: sample.load(parse(SampleConfig, [str(word) for word in (*models, *CLIP, *words)]))
+
+
+@pytest.fixture(scope="module")
+def lora(base, adapter, tmp_path_factory):
+    """A checkpoint of LoRA training, with a scale of 2."""
+    fresh = init_lora(jax.random.key(0), load_model(base, adapter).params["unet"], r".*motion_modules.*attn1\.to_q", 4)
+    folder = tmp_path_factory.mktemp("run") / "iter-3"
+    folder.mkdir()
+    save_lora(jax.tree.map(lambda x: x + 0.5, fresh), folder, 8, 0.0, "base")
+    return folder
+
+
+@pytest.fixture
+def asked(base, tmp_path, monkeypatch, capsys):
+    """asked(word, …) → (what each call of the pipeline was given, the files that were printed)"""
+    calls = []
+
+    def video(self, prompt, **settings):
+        calls.append({"prompt": prompt, **settings})
+        return np.random.default_rng(0).random((1, settings["num_frames"], settings["height"], settings["width"], 3), np.float32)
+
+    def asked(*words, typed=""):
+        calls.clear()
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--output_path", str(tmp_path / "gifs"), *map(str, words)])
+        monkeypatch.setattr("anidiff_jax.parallel.set_up_jax", lambda: None)  # the compile cache stays the tests' own
+        monkeypatch.setattr(AnimateDiffPipeline, "__call__", video)
+        sample.main()
+        return list(calls), capsys.readouterr().out.splitlines()
+
+    return asked
+
+
+def test_the_defaults_of_the_embedded_model(asked):
+    (call,), _ = asked("--prompt", "a star")
+    assert call == {
+        "prompt": "a star", "negative_prompt": "", "num_frames": 8, "height": 64, "width": 64, "num_inference_steps": 25,
+        "guidance_scale": 5.0, "seed": 42,
+    }  # fmt: skip
+
+
+def test_what_is_asked_for_and_what_the_file_says(asked, base, tmp_path):
+    words = {
+        "model_id_or_path": base, "prompt": "a star", "negative_prompt": "a square", "sample_size": "16x24", "sample_n_frames": 4,
+        "num_inference_steps": 3, "guidance_scale": 2.5, "seed": 9, "sample_stride": 6, "fps": 5, "beta_end": 0.02,
+    }  # fmt: skip
+    (call,), (printed,) = asked(*words_of(**words))
+    settings = {
+        "negative_prompt": "a square", "num_frames": 4, "height": 16, "width": 24, "num_inference_steps": 3, "guidance_scale": 2.5,
+        "seed": 9,
+    }  # fmt: skip
+    assert call == {"prompt": "a star", **settings}
+    assert printed == str(tmp_path / "gifs" / "a-star-seed9.gif")
+    image = Image.open(printed)
+    assert (image.size, image.n_frames) == ((24, 16), 4)
+    assert sum(page.info["duration"] for page in ImageSequence.Iterator(image)) == 800
+    said = json.loads(image.info["comment"])
+    said_too = {"prompt": "a star", **settings, "stride": 6, "beta_end": 0.02, "dtype": "float32", "model_id_or_path": str(base)}
+    assert said.items() >= said_too.items()
+
+
+def test_prompts(asked, load, tmp_path, monkeypatch):
+    pipeline = load()
+    monkeypatch.setattr(sample, "load", lambda _: pipeline)
+    prompts = lambda *words, **more: [call["prompt"] for call in asked("--model_id_or_path", "a/model", *CLIP, *words, **more)[0]]
+    assert prompts() == PROMPTS.read_text().splitlines()
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\n  \ntwo\n")
+    assert prompts("--validation_prompts_path", file) == ["one", "two"]
+    assert prompts("--validation_prompts_path", file, "--prompt", "three") == ["three"]
+    for end in ("\nfour\n", "exit\nfour\n", ""):  # an empty line, the word, Ctrl-D
+        assert prompts("--eval_human", "true", typed="one\ntwo\n" + end) == ["one", "two"]
+
+
+def test_how_it_computes(load, monkeypatch):
+    types = lambda pipeline: {str(x.dtype) for x in jax.tree.leaves(pipeline.model.params)}
+    half = load("--dtype", "bfloat16", "--enable_xformers_memory_efficient_attention", "false")
+    assert types(half) == {"bfloat16"}
+    assert half.model.networks.unet.settings == half.model.networks.vae.settings == Settings(dtype="bfloat16", attention="xla")
+    told = {}
+    monkeypatch.setattr(AnimateDiffPipeline, "from_pretrained", lambda *models, **how: told.update(how) or half)
+    usual = lambda *words: load(*words) and (told["dtype"], told["attention"])
+    assert usual() == ("float32", "auto")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert usual() == ("bfloat16", "auto")
+    assert usual("--dtype", "float32") == ("float32", "auto")
+
+
+def test_the_noise(load):
+    noise = {
+        "num_train_timesteps": 500, "beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "scaled_linear", "steps_offset": 2,
+        "clip_sample": True,
+    }  # fmt: skip
+    pipeline = load(*words_of(**noise))
+    assert vars(pipeline.schedule) == {**noise, "prediction_type": "epsilon"}
+
+
+def test_the_motion_modules(load, adapter):
+    bare = ["--motion_adapter_id_or_path", adapter / "diffusion_pytorch_model.safetensors"]
+    assert load(*bare, "--motion_num_attention_heads", "4").model.motion.heads == (4, 4)
+    with pytest.raises(UserError, match="motion_max_seq_length 32 conflicts"):
+        load("--motion_max_seq_length", "32")
+
+
+def test_each_model_in_its_revision(load, base, adapter, lora, monkeypatch, tmp_path):
+    asked = set()
+
+    def resolve(name, revision=None, *_, **__):
+        asked.add((name, revision))
+        return {"a/model": base, "an/adapter": adapter}[name]
+
+    monkeypatch.setattr("anidiff_jax.pipeline.resolve", resolve)
+    monkeypatch.setattr("anidiff_jax.weights.merge.resolve", resolve)
+    models = ["--model_id_or_path", "a/model", "--motion_adapter_id_or_path", "an/adapter"]
+    checkpoint = shutil.copytree(lora, tmp_path / "iter-3")
+    load(*models, "--model_revision", "v1", "--motion_adapter_revision", "v2", "--ckpt_dir", checkpoint, "--merge_lora", "true")
+    assert asked == {("a/model", "v1"), ("an/adapter", "v2")}
+
+
+def test_what_was_trained_is_sampled(load, lora, tmp_path):
+    plain = load()
+    assert plain.lora == {}
+    with_lora = load("--ckpt_dir", lora)
+    assert with_lora.lora_scale == 2
+    assert all((np.asarray(x) != 0).all() for x in flatten(with_lora.lora).values())
+    trained = reference.write_adapter(tmp_path, reference.adapter(seed=5))
+    full = load("--ckpt_dir", trained, "--sft_type", "full")
+    key = "mid_block.motion_modules.0.proj_in.weight"
+    weights = [np.asarray(flatten(pipeline.model.params["unet"])[key]) for pipeline in (plain, full)]
+    np.testing.assert_array_equal(weights[1].T, reference.adapter(seed=5).state_dict()[key].numpy())
+    assert (weights[0] != weights[1]).any()
+    with pytest.raises(UserError, match="holds a LoRA: give --sft_type lora"):
+        load("--ckpt_dir", lora, "--sft_type", "full")
+    with pytest.raises(UserError, match="holds no LoRA: give --sft_type full"):
+        load("--ckpt_dir", trained)
+
+
+def test_merging(load, lora, tmp_path, capsys, monkeypatch):
+    checkpoint = shutil.copytree(lora, tmp_path / "iter-3")
+    words = ["--ckpt_dir", checkpoint, "--merge_lora", "true"]
+    merged = load(*words)
+    folder = tmp_path / "iter-3-merged"
+    assert capsys.readouterr().out == f"{folder}\n"
+    assert merged.lora == {}
+    of = lambda pipeline: flatten(pipeline.model.params["unet"])
+    folded, again, plain = of(merged), of(load("--motion_adapter_id_or_path", folder)), of(load())
+    for key, value in folded.items():
+        np.testing.assert_array_equal(value, again[key], key)
+        assert bool(jnp.any(value != plain[key])) == (key.endswith("attn1.to_q.weight") and "motion_modules" in key), key
+    with pytest.raises(UserError, match="merge_lora needs --sft_type lora and --ckpt_dir"):
+        load("--merge_lora", "true")
+    monkeypatch.setattr(AnimateDiffPipeline, "from_pretrained", lambda *_, **__: merged)  # it need not be read again
+    before = (folder / "config.json").stat().st_mtime_ns
+    with pytest.raises(UserError, match="give --replace_if_exists true"):
+        load(*words)
+    assert (folder / "config.json").stat().st_mtime_ns == before
+    load(*words, "--replace_if_exists", "true")
+    assert (folder / "config.json").stat().st_mtime_ns > before
