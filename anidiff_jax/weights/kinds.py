@@ -51,7 +51,7 @@ def recognise(path: Path) -> Kind:
 
 
 def _of_folder(path: Path) -> Kind:
-    if all((path / part).is_dir() for part in ("unet", "vae")):
+    if (path / "unet").is_dir():
         store.base_folder(path)
         version = "2.x" if _cross_width(store.tensors_in(path / "unet")) == 1024 else "1.x"
         return Kind(BASE, "diffusers", f"Stable Diffusion {version}")

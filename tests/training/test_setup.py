@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -85,9 +84,9 @@ def test_a_lora_of_the_image_model_needs_no_adapter(base):
     assert len(flatten(setup.split_params(config, model)[0])) == 2 * 4
 
 
-def test_each_model_in_its_revision(told, monkeypatch):
+def test_each_model_in_its_revision(told, base, monkeypatch):
     asked = {}
-    monkeypatch.setattr(setup, "resolve", lambda name, revision=None, *_, **__: asked.update({name: revision}) or Path())
+    monkeypatch.setattr(setup, "resolve", lambda name, revision=None, *_, **__: asked.update({name: revision}) or base)
     models = {"model_id_or_path": "a/model", "motion_adapter_id_or_path": "an/adapter"}
     told(parse(TrainConfig, words_of(**models, model_revision="v1", motion_adapter_revision="v2")))
     assert asked == {"a/model": "v1", "an/adapter": "v2"}
