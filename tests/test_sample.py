@@ -172,6 +172,20 @@ def test_what_was_trained_is_sampled(load, lora, tmp_path):
         load("--ckpt_dir", trained)
 
 
+def test_loras_norms_strength_and_parts(load, lora, base, tmp_path):
+    reference.vae(seed=9).save_pretrained(tmp_path / "vae")
+    reference.text_encoder(reference.vocabulary_size(), seed=9).save_pretrained(tmp_path / "text_encoder")
+    words = words_of(motion_norm="per_frame", spatial_norm="joint", motion_scale=0.5, vae_path=tmp_path / "vae")
+    words += words_of(text_encoder_path=tmp_path / "text_encoder", lora=f"{lora}:0.25")
+    pipeline, plain = load(*words, "--lora", lora), load()
+    assert [scale for _, scale in pipeline.loras] == [0.25, 1.0]
+    settings = pipeline.model.networks.unet.settings
+    assert (settings.motion_norm, settings.spatial_norm, settings.motion_scale) == ("per_frame", "joint", 0.5)
+    for part in ("vae", "text_encoder"):
+        ours, own = (jax.tree.leaves(x.model.params[part]) for x in (pipeline, plain))
+        assert any((a != b).any() for a, b in zip(ours, own, strict=True))
+
+
 def test_merging(load, lora, tmp_path, capsys, monkeypatch):
     checkpoint = shutil.copytree(lora, tmp_path / "iter-3")
     words = ["--ckpt_dir", checkpoint, "--merge_lora", "true"]

@@ -53,21 +53,25 @@ class _Layer:
 def load_lora(path: Path, layers: Mapping[str, Sequence[str]]) -> Lora:
     """The adapters in a file or folder. layers: the names of the layers of "unet" and "text_encoder", which kohya's names lose."""
     file = file_of(path)
-    said = _Settings(file)
+    tensors, said = tensors_of(file), _Settings(file)
     found: dict[tuple[str, str], _Layer] = {}
-    for key, tensor in tensors_of(file).items():
+    for key, tensor in tensors.items():
         part, layer, which = named(key, layers, file)
         entry = found.setdefault((part, layer), _Layer())
         if which == "alpha":
-            entry.alpha = float(tensor.read())
+            if tensor.shape not in ((), (1,)):
+                raise UserError(f"{file}: {key} has shape {list(tensor.shape)}, where one number is expected")
+            entry.alpha = float(tensor.read().item())
         else:
             entry.matrices[which] = tensor
     trees: dict[str, dict[str, Any]] = {"unet": {}, "text_encoder": {}}
     for (part, layer), entry in found.items():
         if entry.matrices.keys() != {"A", "B"}:
             raise UserError(f"{file} is not a whole LoRA: {layer} lacks one of its two matrices")
+        if any(len(tensor.shape) not in (2, 4) or 0 in tensor.shape for tensor in entry.matrices.values()):
+            raise UserError(f"{file}: the matrices of {layer} have shapes that make no LoRA")
         down, up = (entry.matrices[name].read().astype(np.float32) for name in "AB")
-        if down.shape[0] != up.shape[1] or down.ndim not in (2, 4) or np.prod(up.shape[2:], dtype=int) != 1:
+        if down.shape[0] != up.shape[1] or np.prod(up.shape[2:], dtype=int) != 1:
             raise UserError(f"{file}: the matrices of {layer} have shapes {down.shape} and {up.shape}, which make no LoRA")
         rank = down.shape[0]
         scale = said.scale(part, layer, rank) if entry.alpha is None else entry.alpha / rank
@@ -122,6 +126,14 @@ def _without_dots(flat: str, layers: Iterable[str], key: str, where) -> str:
     raise UserError(f"{where} holds {key}, for a layer that this model lacks: it was made for another kind of model")
 
 
+def _json(text: str, where: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: its header is not valid JSON ({error})") from None
+    return value if isinstance(value, dict) else {}
+
+
 def file_of(path: Path) -> Path:
     if path.is_file():
         return path
@@ -145,7 +157,7 @@ class _Settings:
             said = files.read_json(config)
             self.said = {"unet": said, "text_encoder": said}
         else:
-            header = json.loads(metadata_of(file).get(METADATA, "{}"))
+            header = _json(metadata_of(file).get(METADATA, "{}"), file)
             self.said = {
                 part: {key.removeprefix(f"{part}."): value for key, value in header.items() if key.startswith(f"{part}.")}
                 for part in ("unet", "text_encoder")
