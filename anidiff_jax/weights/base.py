@@ -1,5 +1,6 @@
 """A Stable Diffusion folder in diffusers layout, and a motion adapter's → networks and their parameters."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from anidiff_jax.weights.files import load
 from anidiff_jax.weights.sources import Source, base_source, motion_source, tokenizer_of
 from anidiff_jax.weights.tensors import Tensor
 from anidiff_jax.weights.tree import Tree, flatten, is_motion, merge, split
+
+log = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parent.parent / "shapes" / "model"
 EMBEDDED_CLIPS = EMBEDDED.parent / "clips"
@@ -75,7 +78,9 @@ def load_model(
     motion: MotionConfig | None = None
     motion_tensors: dict[str, Tensor] = {}
     if motion_adapter is not None:
-        adapter_json, motion_tensors, _ = motion_source(motion_adapter)
+        adapter_json, motion_tensors, found = motion_source(motion_adapter)
+        if any(getattr(settings, name) != value for name, value in found.norms.items()):
+            log.info("%s: %s", motion_adapter, "; ".join(found.notes))
         if not adapter_json.get("motion_num_attention_heads"):
             adapter_json = {**adapter_json, "motion_num_attention_heads": motion_heads}
         motion = motion_config(adapter_json, {k: t.shape for k, t in motion_tensors.items()}, groups, str(motion_adapter))

@@ -26,6 +26,7 @@ class Kind:
     supported: bool = True
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list)  # what is in it that is not used, and what a user should know
+    norms: dict[str, str] = field(default_factory=dict)  # with which settings motion modules were trained, where not with diffusers'
 
 
 # Signs of what is not read here, each looked for in the names of the tensors.
@@ -123,10 +124,10 @@ def _motion(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind
         return Kind(MOTION, naming, "PIA", supported=False, tensors=tensors, notes=["its first layer takes an image besides"])
     if rest:
         kind.notes.append(f"{len(rest)} tensors outside of the motion modules, such as {rest[0]}")
-    if naming == "original" and kind.version in ("v2", "v3", "AnimateLCM"):
-        kind.notes.append("it was trained with norms of its own for each frame: --motion_norm per_frame computes so")
-    if kind.version == "v1":
-        kind.notes.append("it was trained with other norms than diffusers': --motion_norm per_frame --spatial_norm joint computes them")
+    if naming == "original":
+        kind.norms = {"motion_norm": "per_frame", **({"spatial_norm": "joint"} if kind.version == "v1" else {})}
+        said = " ".join(f"--{name} {value}" for name, value in kind.norms.items())
+        kind.notes.append(f"it was trained with other norms than diffusers computes: {said} computes them so")
     return kind
 
 

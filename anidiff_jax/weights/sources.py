@@ -1,5 +1,6 @@
 """Base models and motion modules wherever they lie and however they are named → configurations and tensors under diffusers' names."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from anidiff_jax.weights.original import from_original
 from anidiff_jax.weights.store import PARTS, STEMS
 from anidiff_jax.weights.tensors import Tensor
 from anidiff_jax.weights.tree import is_motion
+
+log = logging.getLogger(__name__)
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # of Stable Diffusion 1.x, on the hub: single files hold none
 ARGUMENTS = {
@@ -43,6 +46,8 @@ def base_source(path: Path, vae: Path | None = None, text_encoder: Path | None =
     parts, configs = dict[str, dict[str, Tensor]](), dict[str, dict[str, Any]]()
     scheduler, index = dict[str, Any](), dict[str, Any]()
     tokenizer: Path | str = CLIP_TOKENIZER
+    for note in found.notes:
+        log.info("%s: %s", path, note)
     if found.naming == "LDM":
         parts = ldm.parts_of(found.tensors, path)
         configs = {part: ldm.CONFIGS[part](tensors) for part, tensors in parts.items()}

@@ -6,6 +6,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 
 from anidiff_jax.errors import UserError
+from anidiff_jax.models.layers import Settings
 from anidiff_jax.weights import kinds
 from anidiff_jax.weights.base import load_model
 from anidiff_jax.weights.kinds import recognise
@@ -119,7 +120,20 @@ def test_v1_is_told_by_its_short_table(tmp_path):
     path = foreign.save(foreign.original_motion(model), tmp_path / "mm.ckpt")
     found = recognise(path)
     assert found.version == "v1"
-    assert any("--spatial_norm joint" in note for note in found.notes)
+    assert found.norms == {"motion_norm": "per_frame", "spatial_norm": "joint"}
+
+
+def test_norms_that_a_file_was_not_trained_with_are_said(base, tmp_path, caplog):
+    model = reference.adapter()
+    path = foreign.save(foreign.original_motion(model), tmp_path / "mm.safetensors")
+    with caplog.at_level("INFO"):
+        load_model(base, path, motion_heads=2)
+    assert "--motion_norm per_frame computes them so" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        load_model(base, path, motion_heads=2, settings=Settings(motion_norm="per_frame"))
+        load_model(base, reference.write_adapter(tmp_path, model))
+    assert "norm" not in caplog.text
 
 
 def test_folders_with_pickles(parts, sd, tmp_path):
