@@ -49,8 +49,7 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
         for message in messages:
             log.warning("%s; ignored", message)
     if values["model_id_or_path"] is None:
-        settled = given | ({"loss_weighting"} if "snr_gamma" in given else set())  # the one excludes the other
-        values.update({name: value for name, value in EMBEDDED_DEFAULTS.items() if name not in settled and name in values})
+        values.update({name: value for name, value in EMBEDDED_DEFAULTS.items() if name not in given and name in values})
     config = kind(**{name: value for name, value in values.items() if name in known})
     object.__setattr__(config, "given", frozenset(given))
     return config

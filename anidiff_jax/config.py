@@ -16,7 +16,6 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "sample_n_frames": 8,
     "guidance_scale": 5.0,
     "num_train_epochs": 20,
-    "loss_weighting": "inverse_snr",
 }
 # Headings of the help, each with the argument that comes first under it.
 SECTIONS = {

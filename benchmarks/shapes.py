@@ -85,7 +85,7 @@ def curves() -> dict:
     base, before = sorted(build.glob("base-*"))[-1], 0
     for stage in sorted(build.glob("motion-*"), key=lambda path: int(path.name.split("-")[1])):
         runs = {int(path.name.split("-")[1]): path for path in stage.glob("run/ad-*/checkpoints/iter-*")}
-        updates = json.loads((stage / "stage.json").read_text())["updates"]
+        updates = int(json.loads((stage / "stage.json").read_text())["max_steps"])
         for step, path in sorted({**runs, updates: stage / "checkpoint"}.items()):
             name = f"adapter after {before + step} updates"
             options = ["--model_id_or_path", base, "--motion_adapter_id_or_path", path, "--videos", 60, "--num_inference_steps", 10]

@@ -160,11 +160,6 @@ def test_the_embedded_model_changes_what_is_not_given(kind):
     assert values("--sample_n_frames", "5", "--guidance_scale", "8") == {**own, "sample_n_frames": 5, "guidance_scale": 8.0}
 
 
-def test_a_weighting_that_is_given_takes_the_place_of_the_embedded_models():
-    config = parse(TrainConfig, ["--snr_gamma", "5"])
-    assert (config.snr_gamma, config.loss_weighting) == (5, "none")
-
-
 def test_other_names():
     config = parse(TrainConfig, ["--lora_dropout_p", "0.3"])
     assert (config.lora_dropout, config.given) == (0.3, {"lora_dropout"})

@@ -64,7 +64,7 @@ IMAGE_ROUNDS: list[dict] = [
     },
     {"max_steps": 3400, "learning_rate": 1.0e-3, "snr_gamma": 5, "ema_decay": 0.998, "seed": 11},
 ]
-MOTION_ROUNDS: list[dict] = []
+MOTION_ROUNDS: list[dict] = [{"max_steps": 2600, "learning_rate": 1.5e-3, "ema_decay": 0.998, "seed": 21}]
 COMMON = {
     "sft_type": "full",
     "gradient_accumulation_steps": 1,
@@ -77,7 +77,7 @@ COMMON = {
     "dataloader_num_workers": 2,
 }  # fmt: skip
 IMAGE = {"trainable_modules": ".*", "sample_n_frames": 1}
-MOTION = {"sample_n_frames": 8, "save_steps": 200, "motion_num_attention_heads": HEADS, "motion_max_seq_length": MAX_FRAMES}
+MOTION = {"sample_n_frames": 8, "save_steps": 300, "motion_num_attention_heads": HEADS, "motion_max_seq_length": MAX_FRAMES}
 
 
 def stage(done: Path, make: Callable[[Path], object]) -> Path:

@@ -19,7 +19,7 @@ MOTION = "right"
 PROMPT = "a red circle on a white background"
 ROOT = Path(__file__).parent.parent.parent
 TRAINING = {"max_steps": 75, "batch_size": 8, "gradient_accumulation_steps": 1, "learning_rate": 2e-3, "lora_rank": 16,
-            "loss_weighting": "inverse_snr", "eval_steps": 1000}  # fmt: skip
+            "eval_steps": 1000}  # fmt: skip
 
 
 def run(*words) -> str:
