@@ -52,8 +52,8 @@ class _Shared:
         None, "motion modules: diffusers folder, file of diffusers' or the original naming, checkpoint of full training, or hub id"
     )
     motion_adapter_revision: str | None = arg(None, "revision of the motion adapter on the hub")
-    hub: Literal["huggingface", "modelscope"] = arg(
-        "huggingface", "where hub ids are looked up, and where push_to_hub pushes; modelscope: pip install modelscope-hub"
+    hub: Literal["hf", "modelscope"] | None = arg(
+        None, "where hub ids are looked up (none = Hugging Face, then ModelScope), and where push_to_hub pushes (none = Hugging Face)"
     )
     vae_path: str | None = arg(None, "VAE in place of the base model's: file, folder or hub id of a VAE or of a whole model")
     text_encoder_path: str | None = arg(None, "the same for the text encoder, with the tokenizer beside it")

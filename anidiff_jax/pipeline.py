@@ -102,7 +102,7 @@ class AnimateDiffPipeline:
         motion_max_seq_length: int | None = None,
         model_revision: str | None = None,
         motion_adapter_revision: str | None = None,
-        hub: str = "huggingface",
+        hub: str | None = None,
         attention: str = "auto",
         vae: str | Path | None = None,
         text_encoder: str | Path | None = None,
@@ -120,7 +120,7 @@ class AnimateDiffPipeline:
         lora: a training checkpoint or LoRA file to apply, unmerged; more with `load_lora`.
         unet: a checkpoint of a UNet that trained as a whole, which takes the place of the base's.
         motion_num_attention_heads: for an adapter file without config; motion_*: an error where the adapter says otherwise.
-        hub: huggingface | modelscope, where ids are looked up.
+        hub: hf | modelscope, where ids are looked up; None: the one, then the other.
         dtype: float32 | bfloat16 | float16, of weights and computation. attention: auto | xla | chunked | cudnn.
         noise: beta_start, beta_end, beta_schedule, steps_offset, clip_sample, num_train_timesteps, prediction_type;
             not given, AnimateDiff's recipe, and the base's own prediction_type.
@@ -159,7 +159,7 @@ class AnimateDiffPipeline:
             pipe.load_lora(lora)
         return pipe
 
-    def load_lora(self, path: str | Path, scale: float = 1.0, hub: str = "huggingface") -> None:
+    def load_lora(self, path: str | Path, scale: float = 1.0, hub: str | None = None) -> None:
         """Applies a LoRA of any common naming, multiplied by `scale`, beside those loaded before. `loras = []` takes all off."""
         path = resolve(str(path), hub=hub)
         adapter = load_lora(path, self.model.layers())

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="type of the weights; none = as they are")
     parser.add_argument("--verify", action="store_true", help="load the result in PyTorch diffusers and compare a forward pass")
-    parser.add_argument("--hub", choices=HUBS, default="huggingface", help="where hub ids are looked up")
+    parser.add_argument("--hub", choices=HUBS, help="where hub ids are looked up; none = the one, then the other")
     args = parser.parse_args()
 
     from anidiff_jax.config import path_and_scale

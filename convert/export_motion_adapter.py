@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="type of the weights; none = as they are")
     parser.add_argument("--verify", action="store_true", help="load the result in PyTorch diffusers and compare a forward pass")
     parser.add_argument("--model_id_or_path", help="base model in diffusers layout for --verify; none = the embedded one")
-    parser.add_argument("--hub", choices=HUBS, default="huggingface", help="where hub ids are looked up")
+    parser.add_argument("--hub", choices=HUBS, help="where hub ids are looked up; none = the one, then the other")
     args = parser.parse_args()
 
     from anidiff_jax.config import path_and_scale

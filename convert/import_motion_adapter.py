@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--verify", action="store_true", help="compare a forward pass with PyTorch diffusers")
     parser.add_argument("--model_id_or_path", help="base model in diffusers layout for --verify; none = the embedded one")
-    parser.add_argument("--hub", choices=HUBS, default="huggingface", help="where hub ids are looked up")
+    parser.add_argument("--hub", choices=HUBS, help="where hub ids are looked up; none = the one, then the other")
     args = parser.parse_args()
 
     from anidiff_jax.weights import files, store

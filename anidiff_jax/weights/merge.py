@@ -27,7 +27,7 @@ def merged_folder(checkpoint: Path) -> Path:
 
 
 def write_merged_adapter(
-    adapter: str | Path | None, revision: str | None, checkpoint: Path, replace: bool = False, hub: str = "huggingface"
+    adapter: str | Path | None, revision: str | None, checkpoint: Path, replace: bool = False, hub: str | None = None
 ) -> Path:
     """Adds the checkpoint's LoRA to the motion adapter in float32, and writes it in the adapter's own type; returns the folder.
 
