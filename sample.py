@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from anidiff_jax.arguments import parse
 from anidiff_jax.config import SampleConfig
@@ -50,7 +51,7 @@ def load(config: SampleConfig):
     from anidiff_jax.training.checkpoint import kind_of
     from anidiff_jax.weights.merge import write_merged_adapter
 
-    trained = {}
+    trained: dict[str, Any] = {}
     if config.ckpt_dir is not None:
         kind = kind_of(Path(config.ckpt_dir).expanduser())  # lora, motion_adapter or unet: the pipeline's name for it
         if (kind == "lora") != (config.sft_type == "lora"):
@@ -59,7 +60,7 @@ def load(config: SampleConfig):
         trained = {kind: Path(config.ckpt_dir).expanduser()}
     pipeline = AnimateDiffPipeline.from_pretrained(
         config.model_id_or_path,
-        **{"motion_adapter": config.motion_adapter_id_or_path, **trained},
+        **{"motion_adapter": config.motion_adapter_id_or_path} | trained,
         dtype=config.dtype if config.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16",
         model_revision=config.model_revision,
         motion_adapter_revision=config.motion_adapter_revision,
@@ -67,6 +68,11 @@ def load(config: SampleConfig):
         motion_num_attention_heads=config.said("motion_num_attention_heads"),
         motion_max_seq_length=config.said("motion_max_seq_length"),
         attention=config.attention,
+        vae=config.vae_path,
+        text_encoder=config.text_encoder_path,
+        motion_norm=config.motion_norm,
+        spatial_norm=config.spatial_norm,
+        motion_scale=config.motion_scale,
         **{name: getattr(config, name) for name in config.noise().names() if hasattr(config, name)},
     )
     check_size(pipeline.model, config.sample_n_frames, config.height, config.width)
@@ -74,6 +80,8 @@ def load(config: SampleConfig):
         adapter, revision = config.motion_adapter_id_or_path, config.motion_adapter_revision
         print(write_merged_adapter(adapter, revision, trained["lora"], config.replace_if_exists, config.hub), flush=True)
         pipeline.merge_lora()
+    for path, scale in config.loras():
+        pipeline.load_lora(path, scale, config.hub)
     return pipeline
 
 

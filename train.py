@@ -36,6 +36,7 @@ def main() -> None:
     from anidiff_jax.pipeline import AnimateDiffPipeline
     from anidiff_jax.training import setup
     from anidiff_jax.training.checkpoint import Checkpoints, restore
+    from anidiff_jax.training.export import export
     from anidiff_jax.training.push import Hub
     from anidiff_jax.training.runs import find_checkpoint, run_folder
     from anidiff_jax.training.samples import save_samples, save_sanity_check
@@ -127,6 +128,8 @@ def main() -> None:
     if is_main():
         last_saved = run / "checkpoints" / f"iter-{int(state.step)}"
         hub.finished(last_saved)
+        for path in export(last_saved, config) if config.export != "none" else []:
+            log.info("exported %s", path)
         flops = flops_of_update(task, state.params, on_one_device(frozen), config, per_update)
         log.info("%s", write_report(run, config, cost_of(report.entries, flops, stream.seconds)))
         print(last_saved)

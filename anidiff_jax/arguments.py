@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import Field, field, fields, make_dataclass
+from dataclasses import MISSING, Field, field, fields, make_dataclass
 from pathlib import Path
 from typing import Literal, TypeVar, get_args, get_origin
 
@@ -68,7 +68,7 @@ def sections(kind: type) -> dict[str, list[Field]]:
 
 def _as_group(title: str, members: list[Field]) -> type:
     """The same arguments as a dataclass of their own, the form in which HfArgumentParser takes a group."""
-    copies = [(f.name, f.type, field(default=f.default, metadata={**f.metadata})) for f in members]
+    copies = [(f.name, f.type, field(default=f.default, default_factory=f.default_factory, metadata={**f.metadata})) for f in members]
     group = make_dataclass("Group", copies)
     group._argument_group_name = title  # type: ignore[attr-defined]
     return group
@@ -112,7 +112,8 @@ def _words_of_file(path: Path) -> list[str]:
     given = values.pop("given", values)
     values = {name: value for name, value in values.items() if name in given}
     written = {True: "true", False: "false"}
-    return [f"--{k}={written[v] if isinstance(v, bool) else v}" for k, v in values.items() if v is not None]
+    pairs = [(k, v) for k, given in values.items() for v in (given if isinstance(given, list) else [given]) if v is not None]
+    return [f"--{k}={written[v] if isinstance(v, bool) else v}" for k, v in pairs]
 
 
 def as_markdown() -> str:
@@ -134,7 +135,9 @@ def as_markdown() -> str:
                 continue
             lines += ["", f"## {title} ({'both' if of_both else script})", "", "| argument | default | meaning |", "|---|---|---|"]
             for f in members:
-                default = str(f.default).lower() if isinstance(f.default, bool) else "none" if f.default in (None, "") else f.default
+                default = (
+                    str(f.default).lower() if isinstance(f.default, bool) else "none" if f.default in (None, "", MISSING) else f.default
+                )
                 choices = get_args(f.type) if get_origin(f.type) is Literal else ()
                 meaning = f.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
                 lines.append(f"| `{f.name}` | {default} | {meaning.replace('|', chr(92) + '|')} |")

@@ -44,13 +44,33 @@ def arg(default, help: str, **metadata):
 class _Shared:
     """Arguments that training and sampling have in common. `given` names those that the user set."""
 
-    model_id_or_path: str | None = arg(None, "base model: folder in diffusers layout or hub id; none = the embedded tiny model")
-    model_revision: str | None = arg(None, "revision of the base model on the hub")
-    motion_adapter_id_or_path: str | None = arg(None, "motion adapter: folder, .safetensors file, checkpoint of full training, or hub id")
-    motion_adapter_revision: str | None = arg(None, "revision of the motion adapter on the hub")
-    hub: Literal["huggingface", "modelscope"] = arg(
-        "huggingface", "where hub ids are looked up, and where push_to_hub pushes; modelscope: pip install modelscope-hub"
+    model_id_or_path: str | None = arg(
+        None, "base model: folder in diffusers layout, single file of Stable Diffusion 1.x, or hub id; none = the embedded tiny model"
     )
+    model_revision: str | None = arg(None, "revision of the base model on the hub")
+    motion_adapter_id_or_path: str | None = arg(
+        None, "motion modules: diffusers folder, file of diffusers' or the original naming, checkpoint of full training, or hub id"
+    )
+    motion_adapter_revision: str | None = arg(None, "revision of the motion adapter on the hub")
+    hub: Literal["hf", "modelscope"] | None = arg(
+        None, "where hub ids are looked up (none = Hugging Face, then ModelScope), and where push_to_hub pushes (none = Hugging Face)"
+    )
+    vae_path: str | None = arg(None, "VAE in place of the base model's: file, folder or hub id of a VAE or of a whole model")
+    text_encoder_path: str | None = arg(None, "the same for the text encoder, with the tokenizer beside it")
+    lora: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "LoRA to apply, of any common naming, as path[:scale]; repeatable; in training it is folded into the frozen weights",
+            "action": "extend",
+        },
+    )
+    motion_norm: Literal["joint", "per_frame"] = arg(
+        "joint", "statistics of the motion modules' norms: over all frames (diffusers) or in each alone (the original AnimateDiff)"
+    )
+    spatial_norm: Literal["joint", "per_frame"] = arg(
+        "per_frame", "statistics of the image layers' norms: in each frame alone, or over all frames (v1 motion modules)"
+    )
+    motion_scale: float = arg(1.0, "factor of what the motion modules add; 0 = the image model alone")
     motion_num_attention_heads: int = arg(8, "heads of fresh motion modules; an adapter brings its own")
     motion_max_seq_length: int = arg(32, "longest clip that fresh motion modules know, in frames; an adapter brings its own")
     sft_type: Literal["lora", "full"] = arg("lora", "train low-rank adapters, or the parameters themselves")
@@ -110,6 +130,10 @@ class _Shared:
     @property
     def width(self) -> int:
         return int(str(self.sample_size).split("x")[-1])
+
+    def loras(self) -> list[tuple[str, float]]:
+        """(path, scale) of each --lora path[:scale]."""
+        return [path_and_scale(given) for given in self.lora]
 
     def said(self, name: str):
         """The value of an argument that the user gave, else None."""
@@ -191,6 +215,9 @@ class TrainConfig(_Shared):
     resume_from_checkpoint: str | None = arg(
         None, "go on with a run: its folder, a checkpoint iter-N, or latest (in output_dir). Arguments not given are the run's own"
     )
+    export: Literal["none", "diffusers", "original", "all"] = arg(
+        "none", "after training, write what trained for other programs too, in float16 into <run>/export, a LoRA merged"
+    )
     use_tensorboard: bool = arg(False, "log to TensorBoard files in the run's folder too (pip install tensorboardX)")
     use_wandb: bool = arg(False, "log to Weights & Biases too (pip install wandb)")
     push_to_hub: bool = arg(False, "push checkpoints, with a card and a sample, to the hub")
@@ -271,6 +298,15 @@ class SampleConfig(_Shared):
             raise UserError(f"fps {self.fps} must be above 0 and at most 50, the fastest that viewers play")
         if self.merge_lora and (self.ckpt_dir is None or self.sft_type != "lora"):
             raise UserError("merge_lora needs --sft_type lora and --ckpt_dir, the checkpoint whose LoRA is to be merged")
+
+
+def path_and_scale(given: str) -> tuple[str, float]:
+    """ "style.safetensors:0.7" → ("style.safetensors", 0.7); without a scale it is one."""
+    path, colon, scale = given.rpartition(":")
+    try:
+        return (path, float(scale)) if colon else (given, 1.0)
+    except ValueError:  # the colon belongs to the path
+        return given, 1.0
 
 
 def _at_least(config, name: str, least: int) -> None:

@@ -5,7 +5,7 @@ A (in, rank), B (rank, out). `layers.Dense` reads the `lora` collection where it
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,16 @@ def scaled(lora: Mapping, scale) -> Tree:
     return unflatten({k: v * jnp.asarray(scale, v.dtype) if ".lora_B." in k else v for k, v in flatten(lora).items()})
 
 
+def joined(loras: Sequence[tuple[Mapping, float]]) -> Tree:
+    """Adapters, each with its scale, as one: A B + A' B' = [A A'] [B; B'], so that their ranks add up."""
+    found: dict[str, list] = {}
+    for lora, scale in loras:
+        for key, value in flatten(scaled(lora, scale)).items():
+            found.setdefault(key, []).append(value)
+    axis = lambda key: -1 if ".lora_A." in key else 0
+    return unflatten({key: values[0] if len(values) == 1 else jnp.concatenate(values, axis(key)) for key, values in found.items()})
+
+
 def merge_lora(params: Mapping, lora: Mapping, scale: float) -> Tree:
     """params with W + scale · A B in place of W, added in float32 and kept in W's type. Raises UserError for a layer that is not there."""
     merged, flat = flatten(params), flatten(lora)
@@ -60,8 +70,8 @@ def merge_lora(params: Mapping, lora: Mapping, scale: float) -> Tree:
             raise UserError(f"the LoRA holds {name}, which this model does not have: it was made for another one")
         weight = merged[key]
         down, up = (flat[f"{name}.lora_{m}.weight"].astype(jnp.float32) for m in "AB")
-        if (down.shape[0], up.shape[1]) != weight.shape:
-            raise UserError(f"the LoRA's {name} is for a ({down.shape[0]}, {up.shape[1]}) layer, the model's is {tuple(weight.shape)}")
+        if (*down.shape[:-1], up.shape[1]) != weight.shape:
+            raise UserError(f"the LoRA's {name} is for a {(*down.shape[:-1], up.shape[1])} layer, the model's is {tuple(weight.shape)}")
         delta = scale * jnp.matmul(down, up, precision="highest")
         merged[key] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)
     return unflatten(merged)

@@ -15,7 +15,7 @@ import numpy as np
 from anidiff_jax.diffusion import ddim
 from anidiff_jax.diffusion.schedule import NoiseSchedule
 from anidiff_jax.errors import UserError
-from anidiff_jax.lora import merge_lora, scaled
+from anidiff_jax.lora import joined, merge_lora
 from anidiff_jax.models.clip import CLIPTextModel
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.unet import UNet
@@ -23,20 +23,23 @@ from anidiff_jax.models.vae import AutoencoderKL
 from anidiff_jax.random import purpose
 from anidiff_jax.weights.base import EMBEDDED, Model, load_model
 from anidiff_jax.weights.hub import resolve
-from anidiff_jax.weights.lora_files import check_fits, load_lora
+from anidiff_jax.weights.loras import Lora, check_fits, load_lora
+from anidiff_jax.weights.sources import base_source
 from anidiff_jax.weights.tree import Tree, flatten, is_motion
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_LOCK = threading.Lock()  # fast tokenizers do not like two threads; the loader has several
 
+NORMS = ("joint", "per_frame")
+PARTS = ("unet", "text_encoder")  # that LoRAs adapt
 PIXELS_AT_ONCE = 512 * 512  # the VAE works on as many frames at a time as have this many pixels together
 
 
 @partial(jax.jit, static_argnums=0)
-def encode_text(network: CLIPTextModel, params: Tree, ids):
+def encode_text(network: CLIPTextModel, params: Tree, ids, lora: Tree | None = None):
     """ids (b, tokens) → text states (b, tokens, d)."""
-    return network.apply({"params": params}, ids)
+    return network.apply({"params": params, "lora": lora or {}}, ids)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnames="latents")
@@ -76,16 +79,13 @@ def initial_noise(seed: int, shape: tuple[int, ...]):
 class AnimateDiffPipeline:
     """A text-to-video model ready to sample.
 
-    `model` holds networks and weights, `schedule` the noise, `lora` an adapter that is applied at `lora_scale`.
+    `model` holds networks and weights, `schedule` the noise, `loras` adapters, each with its scale; all are applied together.
     """
 
-    def __init__(
-        self, model: Model, schedule: NoiseSchedule, lora: Tree | None = None, lora_scale: float = 1.0, defaults: Mapping | None = None
-    ):
+    def __init__(self, model: Model, schedule: NoiseSchedule, loras: Sequence[tuple[Lora, float]] = (), defaults: Mapping | None = None):
         self.model = model
         self.schedule = schedule
-        self.lora = lora or {}
-        self.lora_scale = lora_scale
+        self.loras = list(loras)
         self._told_of_cut = False
         self.defaults = {"sample_size": 256, "sample_n_frames": 16, "guidance_scale": 8.0, **(defaults or {})}
 
@@ -102,28 +102,37 @@ class AnimateDiffPipeline:
         motion_max_seq_length: int | None = None,
         model_revision: str | None = None,
         motion_adapter_revision: str | None = None,
-        hub: str = "huggingface",
+        hub: str | None = None,
         attention: str = "auto",
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        motion_norm: str = "joint",
+        spatial_norm: str = "per_frame",
+        motion_scale: float = 1.0,
         **noise: Any,
     ) -> "AnimateDiffPipeline":
-        """Loads a base model and a motion adapter from folders in diffusers layout or hub ids.
+        """Loads a base model and a motion adapter, from files or folders of any common kind or from hub ids.
 
-        base: Stable Diffusion 1.x or 2.x; None takes the embedded model, with its own adapter unless one is given.
-        motion_adapter: MotionAdapter folder or file, or a training checkpoint; None samples without motion modules,
-            unless the base is itself a video model.
-        lora: a training checkpoint or LoRA file to apply, unmerged.
+        base: Stable Diffusion 1.x or 2.x in diffusers layout, or a single file of 1.x; None takes the embedded model, with its own
+            adapter unless one is given. vae, text_encoder: take the place of the base's, or bring what a single file lacks.
+        motion_adapter: motion modules, of diffusers' naming or the original's, or a training checkpoint; None samples without
+            motion modules, unless the base is itself a video model.
+        lora: a training checkpoint or LoRA file to apply, unmerged; more with `load_lora`.
         unet: a checkpoint of a UNet that trained as a whole, which takes the place of the base's.
         motion_num_attention_heads: for an adapter file without config; motion_*: an error where the adapter says otherwise.
-        hub: huggingface | modelscope, where ids are looked up.
+        hub: hf | modelscope, where ids are looked up; None: the one, then the other.
         dtype: float32 | bfloat16 | float16, of weights and computation. attention: auto | xla | chunked | cudnn.
         noise: beta_start, beta_end, beta_schedule, steps_offset, clip_sample, num_train_timesteps, prediction_type;
             not given, AnimateDiff's recipe, and the base's own prediction_type.
+        motion_norm: joint | per_frame. spatial_norm: per_frame | joint. motion_scale: see `layers.Settings`.
         Raises UserError (a ValueError) when something does not fit, and says what.
         """
         if dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"dtype={dtype!r} is not one of float32, bfloat16, float16")
         if attention not in ("auto", "xla", "chunked", "cudnn"):
             raise UserError(f"attention={attention!r} is not one of auto, xla, chunked, cudnn")
+        if motion_norm not in NORMS or spatial_norm not in NORMS:
+            raise UserError(f"motion_norm={motion_norm!r}, spatial_norm={spatial_norm!r}: each is one of {', '.join(NORMS)}")
         unknown = noise.keys() - set(NoiseSchedule.names())
         if unknown:
             raise UserError(f"unknown argument {', '.join(sorted(unknown))}; the noise arguments are {', '.join(NoiseSchedule.names())}")
@@ -133,13 +142,15 @@ class AnimateDiffPipeline:
 
             defaults = EMBEDDED_DEFAULTS
             base, motion_adapter = EMBEDDED, motion_adapter or EMBEDDED / "motion_adapter"
+        local = lambda given, revision=None: None if given is None else resolve(str(given), revision, hub)
         model = load_model(
-            resolve(str(base), model_revision, hub),
-            None if motion_adapter is None else resolve(str(motion_adapter), motion_adapter_revision, hub),
-            unet=None if unet is None else resolve(str(unet), hub=hub),
+            base_source(resolve(str(base), model_revision, hub), local(vae), local(text_encoder), local(unet)),
+            local(motion_adapter, motion_adapter_revision),
             motion_heads=motion_num_attention_heads,
             motion_frames=motion_max_seq_length,
-            settings=Settings(dtype=dtype, attention=attention),
+            settings=Settings(
+                dtype=dtype, attention=attention, motion_norm=motion_norm, spatial_norm=spatial_norm, motion_scale=motion_scale
+            ),
             dtype=dtype,
         )
         schedule = NoiseSchedule(**noise)
@@ -148,19 +159,25 @@ class AnimateDiffPipeline:
             pipe.load_lora(lora)
         return pipe
 
-    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
-        """Applies a LoRA of the UNet, multiplied by `scale`; it takes the place of one loaded before."""
-        adapter, own_scale = load_lora(Path(path))
-        if any(map(is_motion, flatten(adapter))) and not self.model.networks.unet.config.has_motion:
+    def load_lora(self, path: str | Path, scale: float = 1.0, hub: str | None = None) -> None:
+        """Applies a LoRA of any common naming, multiplied by `scale`, beside those loaded before. `loras = []` takes all off."""
+        path = resolve(str(path), hub=hub)
+        adapter = load_lora(path, self.model.layers())
+        if any(map(is_motion, flatten(adapter.unet))) and not self.model.networks.unet.config.has_motion:
             raise UserError(f"{path} is a LoRA of motion modules: give the motion adapter that it was trained on as well")
-        check_fits(adapter, self.model.params["unet"], path)
-        self.lora, self.lora_scale = adapter, scale * own_scale
+        for part in PARTS:
+            check_fits(getattr(adapter, part), self.model.params[part], path)
+        self.loras.append((adapter, scale))
 
     def merge_lora(self) -> None:
-        """Folds the LoRA into the weights; frames stay the same to rounding."""
-        unet = merge_lora(self.model.params["unet"], self.lora, self.lora_scale)
-        self.model.params = {**self.model.params, "unet": unet}
-        self.lora = {}
+        """Folds the LoRAs into the weights; frames stay the same to rounding."""
+        folded = {part: merge_lora(self.model.params[part], self.joined_lora(part), 1.0) for part in PARTS}
+        self.model.params = {**self.model.params, **folded}
+        self.loras = []
+
+    def joined_lora(self, part: str) -> Tree:
+        """All adapters of one network as one."""
+        return joined([(getattr(lora, part), scale) for lora, scale in self.loras if scale != 0])
 
     @property
     def dtype(self) -> str:
@@ -216,12 +233,12 @@ class AnimateDiffPipeline:
                 raise UserError(f"latents have shape {latents.shape}, expected {expected}: (prompts, channels, frames, h, w)")
             latents = np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)  # b c f h w -> b f h w c
         table = ddim.table(self.schedule, num_inference_steps)
-        lora = scaled(self.lora, self.lora_scale)
+        lora, text_lora = self.joined_lora("unet"), self.joined_lora("text_encoder")
 
         videos = []
         for i, text in enumerate(prompts):
             ids = self.tokenize([negative_prompt, text] if guidance_scale > 1 else [text])
-            states = encode_text(networks.text_encoder, params["text_encoder"], ids)
+            states = encode_text(networks.text_encoder, params["text_encoder"], ids, text_lora)
             noise = initial_noise(seed, shape) if latents is None else jnp.array(latents[i])
             x = denoise(networks.unet, self.schedule, params["unet"], lora, noise[None], states, table, jnp.float32(guidance_scale))
             videos.append(decode(networks.vae, params["vae"], x[0]))
@@ -229,7 +246,8 @@ class AnimateDiffPipeline:
 
     def with_weights(self, params: dict[str, Tree], lora: Tree | None, lora_scale: float) -> "AnimateDiffPipeline":
         """The same pipeline with other weights; nothing is compiled anew."""
-        return AnimateDiffPipeline(replace(self.model, params=params), self.schedule, lora, lora_scale, self.defaults)
+        loras = [(Lora(unet=lora), lora_scale)] if lora else []
+        return AnimateDiffPipeline(replace(self.model, params=params), self.schedule, loras, self.defaults)
 
 
 def check_size(model: Model, num_frames: int, height: int, width: int) -> None:

@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--model_revision", help="revision on the hub")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--verify", action="store_true", help="compare a forward pass with PyTorch diffusers")
-    parser.add_argument("--hub", choices=HUBS, default="huggingface", help="where hub ids are looked up")
+    parser.add_argument("--hub", choices=HUBS, help="where hub ids are looked up; none = the one, then the other")
     args = parser.parse_args()
 
     from anidiff_jax.weights import files, store

@@ -19,15 +19,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--verify", action="store_true", help="compare a forward pass with PyTorch diffusers")
     parser.add_argument("--model_id_or_path", help="base model in diffusers layout for --verify; none = the embedded one")
-    parser.add_argument("--hub", choices=HUBS, default="huggingface", help="where hub ids are looked up")
+    parser.add_argument("--hub", choices=HUBS, help="where hub ids are looked up; none = the one, then the other")
     args = parser.parse_args()
 
     from anidiff_jax.weights import files, store
     from anidiff_jax.weights.base import EMBEDDED
+    from anidiff_jax.weights.sources import motion_source
 
     store.must_not_exist(args.output)
     source = resolve(args.motion_adapter_id_or_path, args.motion_adapter_revision, args.hub)
-    config, tensors = store.motion_adapter(source)
+    config, tensors, _ = motion_source(source)
     with files.written_whole(args.output) as out:
         size = store.write_component(tensors, config, out)
         if args.verify:

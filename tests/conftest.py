@@ -46,8 +46,13 @@ def hub(monkeypatch, tmp_path):
         server = hubs.Server(hubs.ModelScope if name == "modelscope" else hubs.HuggingFace, **refuses)
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.here)
-        monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.here)
+        if name == "modelscope":
+            monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.here)
+        else:
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.here)
+            address = server.here + "/{repo_id}/resolve/{revision}/{filename}"
+            monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
         return server
 
     monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "home"))

@@ -51,6 +51,40 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class HuggingFace(Handler):
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        """What is there: /api/models/{repo}/tree|revision/{revision}; and a file: /{repo}/resolve/{revision}/{path}."""
+        parts = urlsplit(self.path).path.strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        owner, name, verb, revision, *rest = [*(parts[2:] if api else parts), "", ""][: max(4, len(parts) - 2 * api)]
+        there = self.server.repos.get((f"{owner}/{name}", "main" if revision == self.COMMIT else revision))
+        path = "/".join(rest)
+        if there is None or (verb == "resolve" and path not in there):
+            return self.answer(404, {"error": f"{owner}/{name} is not here"})
+        if verb == "tree":
+            oid = lambda data: hashlib.sha1(data).hexdigest()
+            return self.answer(200, [{"type": "file", "path": p, "size": len(x), "oid": oid(x)} for p, x in there.items()])
+        if verb == "revision":
+            files = [{"rfilename": path} for path in there]
+            return self.answer(200, {"id": f"{owner}/{name}", "sha": self.COMMIT, "siblings": files, "private": False, "tags": []})
+        data = there[path]
+        self.send_response(200)
+        for header, value in {
+            "X-Repo-Commit": self.COMMIT,
+            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+            "Content-Length": len(data),
+        }.items():
+            self.send_header(header, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.server.fetched.append(path)
+            self.wfile.write(data)
+        return None
+
     def do_POST(self):
         body = self.body()
         if body is None:

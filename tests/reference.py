@@ -1,5 +1,6 @@
 """PyTorch diffusers models with random weights in which nothing is zero or one, to compare with live."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -93,13 +94,22 @@ def ddim(**changes) -> DDIMScheduler:
     return DDIMScheduler(**{**recipe, **changes})
 
 
+def tokenizer(folder: Path) -> CLIPTokenizer:
+    write_tokenizer(folder, WORDS)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def vocabulary_size() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        return write_tokenizer(Path(folder), WORDS)
+
+
 def write_base(folder: Path, unet_model=None, **saving) -> Path:
     """A whole Stable Diffusion folder, written by diffusers."""
-    size = write_tokenizer(folder / "made", WORDS)
     pipe = StableDiffusionPipeline(
         vae=vae(),
-        text_encoder=text_encoder(size),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "made"),
+        text_encoder=text_encoder(vocabulary_size()),
+        tokenizer=tokenizer(folder / "made"),
         unet=unet_model or unet(),
         scheduler=ddim(),
         safety_checker=None,

@@ -23,6 +23,11 @@ TRAINING = {
     "training/test_setup.py::test_each_model_in_its_revision": MODELS,
     "training/test_setup.py::test_fresh_motion_modules": "motion_num_attention_heads motion_max_seq_length seed",
     "training/test_setup.py::test_an_adapter_is_gone_on_with": "motion_adapter_id_or_path motion_max_seq_length",
+    "training/test_setup.py::test_norms_and_strength": "motion_norm spatial_norm motion_scale",
+    "training/test_setup.py::test_a_lora_that_is_given_is_folded_into_what_is_frozen": "lora",
+    "training/test_setup.py::test_parts_in_the_place_of_the_bases": "vae_path text_encoder_path",
+    "models/test_norms.py::test_norms": "motion_norm spatial_norm",
+    "models/test_norms.py::test_strength": "motion_scale",
     "training/test_setup.py::test_how_the_networks_compute": "enable_xformers_memory_efficient_attention lora_dropout",
     "training/test_setup.py::test_gradient_checkpointing_recomputes": "gradient_checkpointing",
     "training/test_setup.py::test_on_a_cpu_all_is_float32": "mixed_precision lora_dtype",
@@ -72,7 +77,7 @@ TRAINING = {
     "training/test_resume.py::test_the_best_and_the_last_are_kept": "save_total_limit eval_steps",
     "training/test_report.py::test_other_writers_get_the_same": "use_tensorboard use_wandb",
     "training/test_push.py::test_strategies": "push_to_hub hub_model_id hub_private_repo push_hub_strategy hub_token",
-    "test_scripts.py::test_the_four_commands": "validation_prompts_path output_dir use_tensorboard",
+    "test_scripts.py::test_the_four_commands": "validation_prompts_path output_dir use_tensorboard export",
     "test_scripts.py::test_a_whole_unet_trains_on_single_frames": "eval_steps save_steps num_train_epochs",
     "test_scripts.py::test_every_script_takes_ids_of_modelscope": "hub",
     "test_arguments.py::test_unknown_arguments": "ignore_args_error",
@@ -88,6 +93,9 @@ SAMPLING = {
     "test_sample.py::test_each_model_in_its_revision": MODELS,
     "test_sample.py::test_what_was_trained_is_sampled": "ckpt_dir sft_type",
     "test_sample.py::test_merging": "merge_lora replace_if_exists",
+    "test_sample.py::test_loras_norms_strength_and_parts": (
+        "lora motion_norm spatial_norm motion_scale vae_path text_encoder_path"
+    ),
     "test_pipeline.py::test_frames_equal_diffusers": "num_inference_steps guidance_scale negative_prompt sample_size sample_n_frames",
     "test_pipeline.py::test_noise_arguments_mean_what_they_mean_in_diffusers": "beta_start beta_end beta_schedule steps_offset clip_sample",
     "test_pipeline.py::test_a_video_depends_on_its_prompt_and_seed_only": "prompt seed",
@@ -113,6 +121,8 @@ def another_value(f):
     kinds = {"int": 3, "float": 0.25, "bool": not f.default, "str": "a text"}
     if f.name in chosen:
         return chosen[f.name]
+    if f.type == list[str]:
+        return ["one", "another:0.5"]
     if get_origin(f.type) is Literal:
         return next(value for value in get_args(f.type) if value != f.default)
     plain = get_args(f.type)[0] if get_args(f.type) else f.type  # of int | None
@@ -126,11 +136,12 @@ def test_command_lines_and_files_say_the_same(kind, tmp_path):
         values["sft_type"] = "lora"  # as merging wants it
     (tmp_path / "run.json").write_text(json.dumps(values))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    written = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
+    each = [(name, value) for name, given in values.items() for value in (given if isinstance(given, list) else [given])]
+    written = [(name, str(value).lower() if isinstance(value, bool) else value) for name, value in each]
     found = {
-        "words": parse(kind, words_of(**written)),
-        "words with =": parse(kind, [f"--{name.replace('_', '-')}={value}" for name, value in written.items()]),
-        "bare": parse(kind, [f"--{name}" if value == "true" else f"--{name}={value}" for name, value in written.items()]),
+        "words": parse(kind, [word for name, value in written for word in words_of(**{name: value})]),
+        "words with =": parse(kind, [f"--{name.replace('_', '-')}={value}" for name, value in written]),
+        "bare": parse(kind, [f"--{name}" if value == "true" else f"--{name}={value}" for name, value in written]),
         "json": parse(kind, [str(tmp_path / "run.json")]),
         "yaml": parse(kind, [str(tmp_path / "run.yaml")]),
     }

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from anidiff_jax.lora import init_lora
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.pipeline import AnimateDiffPipeline
 from anidiff_jax.weights.base import load_model
-from anidiff_jax.weights.lora_files import save_lora
+from anidiff_jax.weights.loras import save_lora
 from anidiff_jax.weights.tree import flatten
 from tests import reference
 from tests.conftest import words_of
@@ -137,11 +138,13 @@ def test_the_motion_modules(load, adapter):
 
 
 def test_each_model_in_its_revision(load, base, adapter, lora, monkeypatch, tmp_path):
-    asked = set()
+    asked, known = set(), {"a/model": base, "an/adapter": adapter}
 
     def resolve(name, revision=None, *_, **__):
+        if name not in known:
+            return Path(name)
         asked.add((name, revision))
-        return {"a/model": base, "an/adapter": adapter}[name]
+        return known[name]
 
     monkeypatch.setattr("anidiff_jax.pipeline.resolve", resolve)
     monkeypatch.setattr("anidiff_jax.weights.merge.resolve", resolve)
@@ -153,10 +156,10 @@ def test_each_model_in_its_revision(load, base, adapter, lora, monkeypatch, tmp_
 
 def test_what_was_trained_is_sampled(load, lora, tmp_path):
     plain = load()
-    assert plain.lora == {}
-    with_lora = load("--ckpt_dir", lora)
-    assert with_lora.lora_scale == 2
-    assert all((np.asarray(x) != 0).all() for x in flatten(with_lora.lora).values())
+    assert plain.loras == []
+    ((adapter, scale),) = load("--ckpt_dir", lora).loras
+    assert scale == 1
+    assert all((np.asarray(x) != 0).all() for x in flatten(adapter.unet).values())
     trained = reference.write_adapter(tmp_path, reference.adapter(seed=5))
     full = load("--ckpt_dir", trained, "--sft_type", "full")
     key = "mid_block.motion_modules.0.proj_in.weight"
@@ -169,17 +172,31 @@ def test_what_was_trained_is_sampled(load, lora, tmp_path):
         load("--ckpt_dir", trained)
 
 
+def test_loras_norms_strength_and_parts(load, lora, base, tmp_path):
+    reference.vae(seed=9).save_pretrained(tmp_path / "vae")
+    reference.text_encoder(reference.vocabulary_size(), seed=9).save_pretrained(tmp_path / "text_encoder")
+    words = words_of(motion_norm="per_frame", spatial_norm="joint", motion_scale=0.5, vae_path=tmp_path / "vae")
+    words += words_of(text_encoder_path=tmp_path / "text_encoder", lora=f"{lora}:0.25")
+    pipeline, plain = load(*words, "--lora", lora), load()
+    assert [scale for _, scale in pipeline.loras] == [0.25, 1.0]
+    settings = pipeline.model.networks.unet.settings
+    assert (settings.motion_norm, settings.spatial_norm, settings.motion_scale) == ("per_frame", "joint", 0.5)
+    for part in ("vae", "text_encoder"):
+        ours, own = (jax.tree.leaves(x.model.params[part]) for x in (pipeline, plain))
+        assert any((a != b).any() for a, b in zip(ours, own, strict=True))
+
+
 def test_merging(load, lora, tmp_path, capsys, monkeypatch):
     checkpoint = shutil.copytree(lora, tmp_path / "iter-3")
     words = ["--ckpt_dir", checkpoint, "--merge_lora", "true"]
     merged = load(*words)
     folder = tmp_path / "iter-3-merged"
     assert capsys.readouterr().out == f"{folder}\n"
-    assert merged.lora == {}
+    assert merged.loras == []
     of = lambda pipeline: flatten(pipeline.model.params["unet"])
     folded, again, plain = of(merged), of(load("--motion_adapter_id_or_path", folder)), of(load())
     for key, value in folded.items():
-        np.testing.assert_array_equal(value, again[key], key)
+        np.testing.assert_allclose(value, again[key], rtol=1e-5, atol=1e-6, err_msg=key)
         assert bool(jnp.any(value != plain[key])) == (key.endswith("attn1.to_q.weight") and "motion_modules" in key), key
     with pytest.raises(UserError, match="merge_lora needs --sft_type lora and --ckpt_dir"):
         load("--merge_lora", "true")

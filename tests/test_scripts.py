@@ -94,7 +94,7 @@ def test_the_four_commands(script, base, adapter, clips, tmp_path):
 
     models = f"--model_id_or_path {base} --motion_adapter_id_or_path {adapter} --sft_type lora"
     lora = f"{models} --lr_scheduler_type constant --trainable_modules .*motion_modules.* --batch_size 1"
-    lora += " --eval_steps 200 --dataset_sample_size 10000 --gradient_accumulation_steps 2"
+    lora += " --eval_steps 200 --dataset_sample_size 10000 --gradient_accumulation_steps 2 --export all"
     code, printed, _ = script("train.py", *lora.split(), *data(clips), *TRAIN, *validation, "--output_dir", out / "lora")
     assert code == 0
     checkpoint = Path(printed[-1])
@@ -102,6 +102,14 @@ def test_the_four_commands(script, base, adapter, clips, tmp_path):
     assert all(".lora_A." in key or ".lora_B." in key for key in weights)
     assert all(np.abs(v).max() > 0 for v in weights.values())
     assert json.loads((checkpoint / "adapter_config.json").read_text())["lora_alpha"] == 32
+    exported = checkpoint.parent.parent / "export"
+    folder = {k: v.numpy() for k, v in MotionAdapter.from_pretrained(exported / "motion-adapter").state_dict().items()}
+    original = load_file(exported / "motion-module.safetensors")
+    key = "mid_block.motion_modules.0.{}transformer_blocks.0.{}.to_q.weight"
+    np.testing.assert_array_equal(
+        original[key.format("temporal_transformer.", "attention_blocks.1")], folded := folder[key.format("", "attn2")]
+    )
+    assert (folded != load_file(adapter / "diffusion_pytorch_model.safetensors")[key.format("", "attn2")]).any()
 
     infer = f"{models} --ckpt_dir {checkpoint}".split()
     code, printed, _ = script("sample.py", *infer, "--eval_human", "true", *SAMPLE, "--output_path", gifs, typed="a red circle\n")

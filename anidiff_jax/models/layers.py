@@ -19,12 +19,18 @@ class Settings:
     attention: auto | xla | chunked | cudnn, see `attention.attend`.
     remat: recompute each layer's activations in the backward pass instead of keeping them.
     lora_dropout: dropout on the input of adapters, active only where a "dropout" key is passed to apply.
+    motion_norm: joint | per_frame, the statistics of the motion modules' GroupNorm: over all frames (diffusers) or in each alone
+        (the original AnimateDiff). spatial_norm: per_frame | joint, the same of the resnets' norms and the UNet's last (v1: joint).
+    motion_scale: factor of what motion modules add; 0 is the image model.
     """
 
     dtype: str = "float32"
     attention: str = "auto"
     remat: bool = False
     lora_dropout: float = 0.0
+    motion_norm: str = "joint"
+    spatial_norm: str = "per_frame"
+    motion_scale: float = 1.0
 
     @property
     def precision(self) -> str | None:
@@ -72,7 +78,10 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """2-D convolution over the last three axes (..., h, w, c); weight (kernel, kernel, in, features)."""
+    """2-D convolution over the last three axes (..., h, w, c); weight (kernel, kernel, in, features).
+
+    Adapter: lora_A.weight (kernel, kernel, in, rank), lora_B.weight (rank, features), already scaled.
+    """
 
     features: int
     settings: Settings
@@ -89,6 +98,11 @@ class Conv(nn.Module):
         padding = self.padding or ((side, side), (side, side))
         frames = x.reshape(-1, *x.shape[-3:]).astype(dtype)  # ... h w c -> (...) h w c
         y = convolve(frames, weight.astype(dtype), self.stride, padding, self.settings.precision)
+        if self.has_variable("lora", "lora_A"):
+            down: Any = self.get_variable("lora", "lora_A")
+            up: Any = self.get_variable("lora", "lora_B")
+            low = convolve(frames, down["weight"].astype(dtype), self.stride, padding, self.settings.precision)
+            y = y + jnp.matmul(low, up["weight"].astype(dtype), precision=self.settings.precision)
         return (y + bias.astype(dtype)).reshape(*x.shape[:-3], *y.shape[-3:])
 
 

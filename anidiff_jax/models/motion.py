@@ -58,10 +58,11 @@ class MotionModule(nn.Module):
     @nn.compact
     def __call__(self, x):
         b, f, h, w, c = x.shape
-        y = GroupNorm(self.groups, 1e-6, self.settings, over_frames=True, name="norm")(x)
+        y = GroupNorm(self.groups, 1e-6, self.settings, over_frames=self.settings.motion_norm == "joint", name="norm")(x)
         y = y.transpose(0, 2, 3, 1, 4).reshape(b * h * w, f, c)  # b f h w c -> (b h w) f c
         y = Dense(c, self.settings, name="proj_in")(y)
         for i in range(self.depth):
             y = TemporalBlock(self.heads, self.max_frames, self.settings, name=f"transformer_blocks.{i}")(y)
         y = Dense(c, self.settings, name="proj_out")(y)
-        return x + y.reshape(b, h, w, f, c).transpose(0, 3, 1, 2, 4)  # (b h w) f c -> b f h w c
+        y = y.reshape(b, h, w, f, c).transpose(0, 3, 1, 2, 4)  # (b h w) f c -> b f h w c
+        return x + y if self.settings.motion_scale == 1 else x + self.settings.motion_scale * y

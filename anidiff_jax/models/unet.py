@@ -45,12 +45,12 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, time=None):
-        s = self.settings
-        y = jax.nn.silu(GroupNorm(self.groups, self.eps, s, name="norm1")(x))
+        s, joint = self.settings, self.settings.spatial_norm == "joint"
+        y = jax.nn.silu(GroupNorm(self.groups, self.eps, s, joint, name="norm1")(x))
         y = Conv(self.channels, s, name="conv1")(y)
         if time is not None:
             y = y + Dense(self.channels, s, name="time_emb_proj")(jax.nn.silu(time))[:, None, None, None]  # b c -> b 1 1 1 c
-        y = jax.nn.silu(GroupNorm(self.groups, self.eps, s, name="norm2")(y))
+        y = jax.nn.silu(GroupNorm(self.groups, self.eps, s, joint, name="norm2")(y))
         y = Conv(self.channels, s, name="conv2")(y)
         if x.shape[-1] != self.channels:
             x = Conv(self.channels, s, kernel=1, name="conv_shortcut")(x)
@@ -199,5 +199,5 @@ class UNet(nn.Module):
         x = MidBlock(c.mid, c, s, name="mid_block")(x, time, text)
         for i, block in enumerate(c.up):
             x = UpBlock(block, c, s, name=f"up_blocks.{i}")(x, skips, time, text)
-        x = jax.nn.silu(GroupNorm(c.norm_groups, c.norm_eps, s, name="conv_norm_out")(x))
+        x = jax.nn.silu(GroupNorm(c.norm_groups, c.norm_eps, s, s.spatial_norm == "joint", name="conv_norm_out")(x))
         return Conv(c.out_channels, s, name="conv_out")(x).astype(jnp.float32)

@@ -110,11 +110,13 @@ def make_text_encoder(out: Path) -> dict:
 def make_wide_text_encoder(work: Path, out: Path) -> dict:
     from anidiff_jax.models.init import shapes
     from anidiff_jax.shapes.pretrain import widen_text_encoder
-    from anidiff_jax.weights.base import named_tensors
     from anidiff_jax.weights.files import load
+    from anidiff_jax.weights.sources import NAMES
+    from anidiff_jax.weights.store import tensors_in
 
     encoder, tokenize = text_encoder()
-    teacher = load(shapes(encoder), named_tensors(work, "text_encoder"), lambda _: "float32", work)
+    tensors = NAMES["text_encoder"](tensors_in(work / "text_encoder", STEMS["text_encoder"]))
+    teacher = load(shapes(encoder), tensors, lambda _: "float32", work)
     params, left = widen_text_encoder(encoder, teacher, tokenize, WIDE_TEXT_UPDATES, SEED)
     write_part(params, text_config(), out, STEMS["text_encoder"])
     return {"updates": WIDE_TEXT_UPDATES, **left}

@@ -117,8 +117,9 @@ def load(args):
         from anidiff_jax.weights.base import EMBEDDED
 
         return AnimateDiffPipeline.from_pretrained(args.model_id_or_path or EMBEDDED)
-    pipeline = AnimateDiffPipeline.from_pretrained(args.model_id_or_path, motion_adapter=adapter, lora=args.ckpt_dir)
-    pipeline.lora_scale *= args.lora_scale
+    pipeline = AnimateDiffPipeline.from_pretrained(args.model_id_or_path, motion_adapter=adapter)
+    if args.ckpt_dir is not None:
+        pipeline.load_lora(args.ckpt_dir, args.lora_scale)
     return pipeline
 
 

@@ -22,8 +22,8 @@ from anidiff_jax.training.setup import lora_dtype
 from anidiff_jax.training.state import TrainState
 from anidiff_jax.weights import files
 from anidiff_jax.weights.base import Model
-from anidiff_jax.weights.lora_files import CONFIG as LORA_CONFIG
-from anidiff_jax.weights.lora_files import save_lora
+from anidiff_jax.weights.loras import CONFIG as LORA_CONFIG
+from anidiff_jax.weights.loras import save_lora
 from anidiff_jax.weights.merge import WEIGHTS
 from anidiff_jax.weights.tree import Tree, flatten, is_motion, merge, split
 

@@ -20,8 +20,8 @@ from anidiff_jax.random import purpose
 from anidiff_jax.training.encode import fill_cache
 from anidiff_jax.training.step import Task
 from anidiff_jax.weights.base import EMBEDDED, EMBEDDED_CLIPS, Model, load_model
-from anidiff_jax.weights.files import read_json
 from anidiff_jax.weights.hub import resolve
+from anidiff_jax.weights.sources import base_source
 from anidiff_jax.weights.tree import Tree, flatten, is_buffer, is_motion, split
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,10 @@ def load(config: TrainConfig) -> Model:
         adapter = EMBEDDED / "motion_adapter"
 
     fresh = False
-    if adapter is None and (base / "unet" / "config.json").is_file():
-        raw = read_json(base / "unet" / "config.json")
+    local = lambda given: None if given is None else resolve(given, hub=config.hub)
+    source = base_source(base, local(config.vae_path), local(config.text_encoder_path))
+    if adapter is None:
+        raw = source.configs["unet"]
         if not is_motion_unet(raw) and config.sample_n_frames > 1 and _touches_motion(config, raw):
             if config.sft_type == "lora":
                 raise UserError(
@@ -57,7 +59,7 @@ def load(config: TrainConfig) -> Model:
         log.info("mixed_precision: a CPU is slower in bfloat16, so float32 is used")
     trains = matches(config.trainable_modules)
     model = load_model(
-        base,
+        source,
         adapter,
         fresh_motion=fresh,
         motion_heads=config.said("motion_num_attention_heads"),
@@ -67,12 +69,20 @@ def load(config: TrainConfig) -> Model:
             attention=config.attention,
             remat=config.gradient_checkpointing,
             lora_dropout=config.lora_dropout if config.sft_type == "lora" else 0.0,
+            motion_norm=config.motion_norm,
+            spatial_norm=config.spatial_norm,
+            motion_scale=config.motion_scale,
         ),
         dtype=dtype,
         keep_float32=(lambda key: trains(key) and not is_buffer(key)) if config.sft_type == "full" else (lambda key: False),
         seed=config.seed,
     )
     check_size(model, config.sample_n_frames, config.height, config.width)
+    if config.lora:
+        pipeline = AnimateDiffPipeline(model, config.noise())
+        for path, scale in config.loras():
+            pipeline.load_lora(path, scale, config.hub)
+        pipeline.merge_lora()
     return model
 
 

@@ -1,4 +1,4 @@
-"""safetensors files ↔ parameter trees: transposes and nothing else, one tensor at a time.
+"""Tensors under diffusers' names ↔ parameter trees: transposes and nothing else, one tensor at a time.
 
 PyTorch keeps Linear weights as (out, in) and convolutions as (out, in, h, w); we keep (in, out) and (h, w, in, out).
 """
@@ -10,65 +10,39 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from anidiff_jax.errors import UserError, read_text
+from anidiff_jax.weights.tensors import Tensor, tensors_of, write_tensors
 from anidiff_jax.weights.tree import Flat, Tree, flatten, unflatten
 
-
-class Tensor(NamedTuple):
-    """Where a tensor lies on disk, and its shape there."""
-
-    path: Path
-    key: str
-    shape: tuple[int, ...]
-
-    def read(self) -> np.ndarray:
-        """The tensor as stored. The file is opened anew, since an open one keeps every page that was read in memory."""
-        with safe_open(self.path, "numpy") as file:
-            return file.get_tensor(self.key)
-
-
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a .safetensors file, unread."""
-    try:
-        with safe_open(path, "numpy") as file:
-            return {key: Tensor(path, key, tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): download or copy it again") from None
-
-
-def metadata_of(path: Path) -> dict[str, str]:
-    """The text entries in the header of a .safetensors file."""
-    with safe_open(path, "numpy") as file:
-        return file.metadata() or {}
+PICKLED_STEMS = {"model": "pytorch_model"}  # transformers' name of a pickle
 
 
 def tensors_in(folder: Path, stem: str = "diffusion_pytorch_model") -> dict[str, Tensor]:
-    """Every tensor of a folder in diffusers layout: one file or shards, plain or variant fp16, in this order."""
-    for variant in ("", ".fp16"):
-        single = folder / f"{stem}{variant}.safetensors"
-        indexes = [folder / f"{stem}.safetensors.index{variant}.json", folder / f"{stem}{variant}.safetensors.index.json"]
-        if single.is_file():
-            return tensors_of(single)
-        for index in indexes:
-            if index.is_file():
-                shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-                found: dict[str, Tensor] = {}
-                for shard in shards:
-                    if not (folder / shard).is_file():
-                        raise UserError(f"{folder / shard} is missing: {index.name} names it; download the folder again")
-                    found.update(tensors_of(folder / shard))
-                return found
-    pickles = sorted(p.name for p in folder.glob("*.bin"))
-    hint = f" ({pickles[0]} is a pickle, which is not read: save it as safetensors first)" if pickles else ""
-    raise UserError(f"{folder} holds no {stem}.safetensors{hint}: give a folder in diffusers layout")
+    """Every tensor of a folder in diffusers layout: one file or shards, safetensors before pickles, plain before variant fp16."""
+    for kind, stems in ((".safetensors", (stem,)), (".bin", (stem, PICKLED_STEMS.get(stem, stem)))):
+        for variant in ("", ".fp16"):
+            for name in stems:
+                single = folder / f"{name}{variant}{kind}"
+                if single.is_file():
+                    return tensors_of(single)
+                for index in (folder / f"{name}{kind}.index{variant}.json", folder / f"{name}{variant}{kind}.index.json"):
+                    if index.is_file():
+                        return _sharded(folder, index)
+    raise UserError(f"{folder} holds no {stem}.safetensors: give a folder in diffusers layout")
+
+
+def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise UserError(f"{folder / shard} is missing: {index.name} names it; download the folder again")
+        found.update(tensors_of(folder / shard))
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -154,11 +128,12 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 def save(tree: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a parameter tree under its diffusers keys; dtypes stay. The header's metadata is text."""
-    arrays = {key: to_theirs(key, np.asarray(jax.device_get(value))) for key, value in flatten(tree).items()}
-    aside = path.with_name(f".{path.name}.part")
-    save_file(arrays, aside, {"format": "pt", **(metadata or {})})
-    aside.chmod(0o644)
-    os.replace(aside, path)
+    write_tensors({key: tensor_of(key, value) for key, value in flatten(tree).items()}, path, metadata)
+
+
+def tensor_of(key: str, value) -> Tensor:
+    """One of our parameters as PyTorch has it."""
+    return Tensor(their_shape(key, value.shape), str(value.dtype), lambda: to_theirs(key, np.asarray(value)))
 
 
 def save_json(value: Mapping[str, Any], path: Path) -> None:

@@ -3,18 +3,23 @@
 import logging
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from anidiff_jax.errors import UserError
 
-HUBS = ("huggingface", "modelscope")
+HUBS = ("hf", "modelscope")
 PARTS = ["unet/*", "vae/*", "text_encoder/*"]
-WANTED = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetensors*", "tokenizer/*", "scheduler/*"]
+WANTED = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetensors*", "tokenizer/*", "scheduler/*",
+          "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]  # fmt: skip
 
 
-def resolve(path_or_id: str, revision: str | None = None, hub: str = "huggingface") -> Path:
-    """A local path as it is, or an id of the hub downloaded into its cache, no file more than is read."""
-    if hub not in HUBS:
+def resolve(path_or_id: str, revision: str | None = None, hub: str | None = None) -> Path:
+    """A local path as it is, or an id of a hub downloaded into its cache, no file more than is read.
+
+    hub: None tries Hugging Face, and then ModelScope where its package is installed.
+    """
+    if hub is not None and hub not in HUBS:
         raise UserError(f"hub={hub!r} is not one of {', '.join(HUBS)}")
     path = Path(path_or_id).expanduser()
     if path.exists():
@@ -22,23 +27,25 @@ def resolve(path_or_id: str, revision: str | None = None, hub: str = "huggingfac
     parts = path_or_id.split("/")
     if len(parts) != 2 or not all(parts) or path_or_id.startswith((".", "/", "~")):
         raise UserError(f"{path_or_id} does not exist here, and is not a hub id such as owner/name")
-    token = token_of(hub)
-    download = _from_modelscope if hub == "modelscope" else _from_huggingface
-    try:
-        return download(path_or_id, revision)
-    except Exception as error:  # many kinds: offline, unknown id, gated, no such revision
-        reason = in_a_line(error, token)
-        raise UserError(f"{path_or_id} is not a local folder, and the hub {hub} did not give it: {reason}") from None
+    reasons = []
+    for name in [hub] if hub else ["hf", *(["modelscope"] if find_spec("modelscope_hub") else [])]:
+        token = token_of(name)
+        try:
+            return (_from_modelscope if name == "modelscope" else _from_huggingface)(path_or_id, revision)
+        except Exception as error:  # many kinds: offline, unknown id, gated, no such revision
+            reasons.append(f"{name}: {in_a_line(error, token)}")
+    raise UserError(f"{path_or_id} is not a local folder, and no hub gave it ({'; '.join(reasons)})")
 
 
 def _from_huggingface(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub import HfApi
 
+    api = HfApi()
     try:
-        files = wanted(list_repo_files(repo, revision=revision))
+        files = wanted(api.list_repo_files(repo, revision=revision))
     except OSError:  # offline: what an earlier run downloaded
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+        return Path(api.snapshot_download(repo, revision=revision, local_files_only=True))
+    return Path(api.snapshot_download(repo, revision=revision, allow_patterns=files))
 
 
 def _from_modelscope(repo: str, revision: str | None) -> Path:
@@ -67,7 +74,18 @@ def wanted(files: Iterable[str]) -> list[str]:
     return [name for name in chosen if ".fp16" not in name or folder(name) not in full]
 
 
-def upload(hub: str, repo: str, files: Mapping[str, Path | bytes], message: str, private: bool, token: str | None) -> str:
+def hub_tokenizer(repo: str) -> Path:
+    """The tokenizer's files of a model on the Hugging Face Hub, which a single file of weights does not hold."""
+    from huggingface_hub import HfApi
+
+    try:
+        return Path(HfApi().snapshot_download(repo, allow_patterns=["vocab.json", "merges.txt", "tokenizer_config.json"]))
+    except Exception as error:  # of many kinds: offline, a mirror without it
+        reason = in_a_line(error, token_of("hf"))
+        raise UserError(f"a single file holds no tokenizer; {repo} was not to be had ({reason}): give --text_encoder_path SD15") from None
+
+
+def upload(hub: str | None, repo: str, files: Mapping[str, Path | bytes], message: str, private: bool, token: str | None) -> str:
     """Files, by their names there, → a repository, which is made where there is none; returns its full name. Raises as the hub does."""
     return (_to_modelscope if hub == "modelscope" else _to_huggingface)(repo, files, message, private, token)
 
@@ -94,7 +112,7 @@ def _to_modelscope(repo: str, files: Mapping[str, Path | bytes], message: str, p
     return repo
 
 
-def token_of(hub: str, given: str | None = None) -> str | None:
+def token_of(hub: str | None, given: str | None = None) -> str | None:
     """The access token: the given one, else the environment's, else that of an earlier login."""
     if hub == "modelscope":
         return given or _modelscope().HubConfig().token

@@ -13,7 +13,7 @@ from anidiff_jax.training import checkpoint
 from anidiff_jax.training.push import Hub
 from anidiff_jax.training.runs import best_of, steps_in
 from anidiff_jax.training.state import TrainState
-from anidiff_jax.weights.lora_files import load_lora
+from anidiff_jax.weights.loras import load_lora
 
 
 @pytest.fixture

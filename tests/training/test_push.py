@@ -66,7 +66,7 @@ def test_a_public_repository(hub, run):
 @pytest.mark.parametrize(
     ("name", "refuses", "reason"),
     [
-        ("huggingface", {"refuse": "/"}, "403 Forbidden"),
+        ("hf", {"refuse": "/"}, "403 Forbidden"),
         ("modelscope", {"refuse": "/"}, "no right to write with Bearer …"),
         # A busy server: its package tries again, and would write into a log of its own what was answered.
         ("modelscope", {"refuse": "/commit/", "code": 503}, "no right to write with Bearer …"),
@@ -112,7 +112,7 @@ def test_what_is_missing_is_said_at_once(monkeypatch, hub):
 @pytest.mark.parametrize("name", HUBS)
 def test_the_token_of_the_environment_or_of_a_login(hub, run, name, monkeypatch):
     server = hub(name)
-    if name == "huggingface":
+    if name == "hf":
         monkeypatch.setenv("HF_TOKEN", "hf_another")
     else:
         from modelscope_hub import HubConfig

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -14,11 +13,14 @@ from anidiff_jax.arguments import parse
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.data.loader import Videos
 from anidiff_jax.errors import UserError
+from anidiff_jax.lora import init_lora, merge_lora
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.shapes.clips import write_clips
 from anidiff_jax.training import setup
 from anidiff_jax.weights.base import EMBEDDED_CLIPS
+from anidiff_jax.weights.loras import save_lora
 from anidiff_jax.weights.tree import flatten
+from tests import reference
 from tests.conftest import words_of
 
 CLIP = ["--sample_size", "16", "--sample_n_frames", "3"]
@@ -85,9 +87,9 @@ def test_a_lora_of_the_image_model_needs_no_adapter(base):
     assert len(flatten(setup.split_params(config, model)[0])) == 2 * 4
 
 
-def test_each_model_in_its_revision(told, monkeypatch):
+def test_each_model_in_its_revision(told, base, monkeypatch):
     asked = {}
-    monkeypatch.setattr(setup, "resolve", lambda name, revision=None, *_, **__: asked.update({name: revision}) or Path())
+    monkeypatch.setattr(setup, "resolve", lambda name, revision=None, *_, **__: asked.update({name: revision}) or base)
     models = {"model_id_or_path": "a/model", "motion_adapter_id_or_path": "an/adapter"}
     told(parse(TrainConfig, words_of(**models, model_revision="v1", motion_adapter_revision="v2")))
     assert asked == {"a/model": "v1", "an/adapter": "v2"}
@@ -100,6 +102,30 @@ def test_how_the_networks_compute(lora, full, told, model):
     words = words_of(gradient_checkpointing=True, enable_xformers_memory_efficient_attention=False, lora_dropout=0.25)
     assert told(lora(*words))["settings"] == Settings(remat=True, attention="xla", lora_dropout=0.25)
     assert told(full(*words))["settings"].lora_dropout == 0  # the parameters themselves train
+
+
+def test_norms_and_strength(lora, told):
+    words = words_of(motion_norm="per_frame", spatial_norm="joint", motion_scale=0.5)
+    assert told(lora(*words))["settings"] == Settings(lora_dropout=0.05, motion_norm="per_frame", spatial_norm="joint", motion_scale=0.5)
+
+
+def test_a_lora_that_is_given_is_folded_into_what_is_frozen(lora, model, tmp_path):
+    params = model.params["unet"]
+    style = jax.tree.map(lambda x: x + 0.5, init_lora(jax.random.key(0), params, r".*\.attentions\..*attn1\.to_q", 2))
+    save_lora(style, tmp_path, 2, 0.0, "base")
+    folded = flatten(setup.load(lora("--lora", f"{tmp_path}:0.25", "--lora", f"{tmp_path}:0.5")).params["unet"])
+    wanted = flatten(merge_lora(params, style, 0.75))
+    for key, value in folded.items():
+        np.testing.assert_allclose(value, wanted[key], rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_parts_in_the_place_of_the_bases(lora, model, base, tmp_path):
+    for part, name in ((reference.vae(seed=9), "vae"), (reference.text_encoder(reference.vocabulary_size(), seed=9), "text_encoder")):
+        part.save_pretrained(tmp_path / name)
+    other = setup.load(lora("--vae_path", str(tmp_path / "vae"), "--text_encoder_path", str(tmp_path / "text_encoder")))
+    assert not same(other.params["vae"], model.params["vae"])
+    assert not same(other.params["text_encoder"], model.params["text_encoder"])
+    assert same(other.params["unet"], model.params["unet"])
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

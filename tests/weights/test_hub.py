@@ -46,9 +46,23 @@ def test_offline_an_earlier_download_is_taken(modelscope, monkeypatch):
     modelscope.server_close()
     assert resolve("me/base", hub="modelscope") == folder
     for repo, revision in (("me/base", "v2"), ("me/other", None)):
-        with pytest.raises(UserError, match=f"^{repo} is not a local folder, and the hub modelscope did not give it: .") as error:
+        with pytest.raises(UserError, match=f"^{repo} is not a local folder, and no hub gave it .modelscope: .") as error:
             resolve(repo, revision, "modelscope")
         assert "\n" not in str(error.value)
+
+
+def test_not_told_which_hub_both_are_asked_in_turn(modelscope, hub):
+    first, files = hub("hf"), modelscope.repos["me/base", "master"]
+    assert (resolve("me/base") / "model_index.json").is_file()
+    assert sorted(modelscope.fetched) == wanted(files)
+    first.repos["me/base", "main"] = files
+    folder = resolve("me/base")
+    assert sorted(first.fetched) == wanted(files)
+    assert all((folder / name).read_bytes() == files[name] for name in wanted(files))
+    assert resolve("me/base") == folder
+    assert sorted(first.fetched) == wanted(files)  # once
+    with pytest.raises(UserError, match=r"no hub gave it \(hf: .*; modelscope: .*\)"):
+        resolve("me/none")
 
 
 def test_what_the_hub_refuses_is_one_line_without_the_token(modelscope, monkeypatch):
@@ -63,7 +77,7 @@ def test_what_the_hub_refuses_is_one_line_without_the_token(modelscope, monkeypa
 
 
 def test_no_such_hub_and_no_package(monkeypatch):
-    with pytest.raises(UserError, match="hub='github' is not one of huggingface, modelscope"):
+    with pytest.raises(UserError, match="hub='github' is not one of hf, modelscope"):
         resolve(".", hub="github")
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     assert resolve(".", hub="modelscope").is_dir()

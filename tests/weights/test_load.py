@@ -112,7 +112,7 @@ def test_a_video_unet_brings_its_own_motion_modules(base, adapter, copy):
     shutil.rmtree(copy / "unet")
     both.save_pretrained(copy / "unet")
     same(weights(load_model(copy)), weights(load_model(base, adapter)))
-    with pytest.raises(UserError, match="holds a whole UNet"):
+    with pytest.raises(UserError, match="video UNet: give it as --sft_type full --ckpt_dir"):
         load_model(base, copy / "unet")
 
 
@@ -163,13 +163,14 @@ def test_what_is_wrong_is_named(copy, adapter, tmp_path):
     refused("class_embed_type='timestep'")
     (copy / "unet/config.json").write_text("{")
     refused("is not valid JSON")
-    refused("is not a Stable Diffusion model", base=tmp_path)
+    (tmp_path / "empty").mkdir()
+    refused("is no model", base=tmp_path / "empty")
     refused("does not exist", base=tmp_path / "none")
     (copy / "unet/config.json").write_text(json.dumps(config))
-    refused("is not a motion adapter", adapter=tmp_path)
-    refused("holds no motion modules", adapter=copy / "vae")
+    refused("is no model", adapter=tmp_path / "empty")
+    refused("is diffusers VAE: give it as --vae_path", adapter=copy / "vae")
     shutil.rmtree(copy / "vae")
-    refused("it has no vae/")
+    refused("holds no vae: give one with --vae_path")
 
 
 def test_no_torch_is_needed(base, adapter):

@@ -1,0 +1,167 @@
+"""What a file or folder is, told from the names and shapes of its tensors: the one place that recognises formats."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from anidiff_jax.errors import UserError
+from anidiff_jax.weights import ldm, loras, store
+from anidiff_jax.weights.files import read_json
+from anidiff_jax.weights.original import INSIDE
+from anidiff_jax.weights.tensors import PICKLES, Tensor, tensors_of
+
+BASE, MOTION, LORA, UNET, VIDEO_UNET = "base model", "motion modules", "LoRA", "UNet", "video UNet"
+VAE, TEXT = "VAE", "text encoder"
+
+
+@dataclass
+class Kind:
+    """What lies at a path."""
+
+    kind: str  # one of the above, or the name of what is not supported
+    naming: str = ""  # diffusers | original | LDM | kohya | PEFT | …
+    version: str = ""
+    supported: bool = True
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    notes: list[str] = field(default_factory=list)  # what is in it that is not used, and what a user should know
+    norms: dict[str, str] = field(default_factory=dict)  # with which settings motion modules were trained, where not with diffusers'
+
+
+# Signs of what is not read here, each looked for in the names of the tensors.
+_OTHERS: list[tuple[str, str]] = [
+    (r"^control_model\.|controlnet_cond_embedding", "ControlNet or SparseCtrl"),
+    (r"temporal_attentions\.", "HotShot-XL motion modules"),
+    (r"^string_to_param|^emb_params$|^clip_[lg]$", "textual inversion"),
+    (r"^image_proj\.|^ip_adapter\.", "IP-Adapter"),
+    (r"^double_blocks\.|^joint_blocks\.|^transformer\.single_transformer_blocks\.", "diffusion transformer"),
+    (r"\.zero_conv|camera_encoder|pose_encoder", "camera or pose control of motion modules"),
+]
+
+
+def recognise(path: Path) -> Kind:
+    """Looks into a file or folder; UserError where it is damaged or no model at all."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a file or folder of weights, or a hub id")
+    if path.is_dir():
+        return _of_folder(path)
+    if path.suffix.lower() not in (".safetensors", *PICKLES):
+        raise UserError(f"{path} is no file of weights: .safetensors {' '.join(PICKLES)} are read")
+    return of_tensors(tensors_of(path), path)
+
+
+def _of_folder(path: Path) -> Kind:
+    if (path / "unet").is_dir():
+        store.base_folder(path)
+        version = "2.x" if _cross_width(store.tensors_in(path / "unet")) == 1024 else "1.x"
+        return Kind(BASE, "diffusers", f"Stable Diffusion {version}")
+    if any((folder / name).is_file() for folder in (path, path / "default") for name in loras.FILES):
+        file = loras.file_of(path)
+        return of_tensors(tensors_of(file), file)
+    if (path / "motion_adapter").is_dir():
+        return _of_folder(path / "motion_adapter")
+    if (path / "config.json").is_file():
+        name = str(read_json(path / "config.json").get("_class_name") or "")
+        found = of_tensors(store.tensors_in(path, "model" if name.startswith("CLIP") else "diffusion_pytorch_model"), path)
+        if name and not any(word in name for word in ("UNet", "Motion", "Autoencoder", "CLIP")):
+            return Kind(name, "diffusers", supported=False)
+        return found
+    single = [p for p in sorted(path.iterdir()) if p.suffix.lower() in (".safetensors", *PICKLES)]
+    if len(single) == 1:
+        return recognise(single[0])
+    raise UserError(f"{path} is no model: it holds neither unet/ and vae/, nor config.json, nor a LoRA, nor one file of weights")
+
+
+def of_tensors(tensors: Mapping[str, Tensor], where: Path) -> Kind:
+    """The kind of a file's tensors."""
+    keys = [key.removeprefix("module.") for key in tensors]
+    has = lambda pattern: any(re.search(pattern, key) for key in keys)
+    for sign, name in _OTHERS:
+        if has(sign):
+            return Kind(name, supported=False, tensors=tensors)
+    if has(r"^(model\.diffusion_model|conditioner|first_stage_model)\."):
+        return _single_file(tensors)
+    if has(r"lora|hada_|lokr_|dora_scale|oft_blocks"):
+        return _lora(tensors, keys, where)
+    if has(re.escape(INSIDE)) or has(r"motion_modules\."):
+        return _motion(tensors, keys, where)
+    if has(r"^(encoder|decoder)\.(down|up|mid)"):
+        return Kind(VAE, "LDM" if has(r"\.mid\.block_1\.") else "diffusers", tensors=tensors)
+    if has(r"embeddings\.token_embedding"):
+        return Kind(TEXT, "transformers", tensors=tensors)
+    if has(r"^down_blocks\..*\.resnets\."):
+        return Kind(UNET, "diffusers", tensors=tensors)
+    some = ", ".join(list(tensors)[:3]) or "nothing"
+    return Kind("nothing that is known here", supported=False, tensors=tensors, notes=[f"it holds {some}"])
+
+
+def _single_file(tensors: Mapping[str, Tensor]) -> Kind:
+    """One file of a whole model, in the names of latent diffusion."""
+    if any(key.startswith(ldm.XL) for key in tensors):
+        return Kind(BASE, "LDM", "Stable Diffusion XL", supported=False, tensors=tensors)
+    if any(key.startswith(ldm.OPEN_CLIP) for key in tensors):
+        return Kind(BASE, "LDM", "Stable Diffusion 2.x", supported=False, tensors=tensors)
+    notes = []
+    for prefix, name in ((ldm.UNET, "UNet"), (ldm.VAE, "VAE"), (ldm.TEXT, "text encoder")):
+        if not any(key.startswith(prefix) for key in tensors):
+            notes.append(f"it holds no {name}")
+    if any(key.startswith(ldm.EMA) for key in tensors):
+        notes.append("it holds averaged weights (EMA) too, which are not used")
+    others = [key for key in ldm.leftovers(tensors) if not key.startswith(ldm.EMA)]
+    if others:
+        notes.append(f"{len(others)} tensors that are no weights are not used, such as {others[0]}")
+    return Kind(BASE, "LDM", "Stable Diffusion 1.x", tensors=tensors, notes=notes)
+
+
+def _motion(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind:
+    naming = "original" if any(INSIDE in key for key in keys) else "diffusers"
+    rest = [key for key in keys if "motion_modules." not in key]
+    if any(key.startswith("down_blocks.") and ".resnets." in key for key in rest):
+        return Kind(VIDEO_UNET, naming, tensors=tensors)
+    kind = Kind(MOTION, naming, motion_version(keys, tensors, where.name), tensors=tensors)
+    if "conv_in.weight" in rest:
+        return Kind(MOTION, naming, "PIA", supported=False, tensors=tensors, notes=["its first layer takes an image besides"])
+    if rest:
+        kind.notes.append(f"{len(rest)} tensors outside of the motion modules, such as {rest[0]}")
+    if naming == "original":
+        kind.norms = {"motion_norm": "per_frame", **({"spatial_norm": "joint"} if kind.version == "v1" else {})}
+        said = " ".join(f"--{name} {value}" for name, value in kind.norms.items())
+        kind.notes.append(f"it was trained with other norms than diffusers computes: {said} computes them so")
+    return kind
+
+
+def motion_version(keys: list[str], tensors: Mapping[str, Tensor], name: str = "") -> str:
+    """v1, v2, v3, … of motion modules, from their structure; Lightning is v2 but for its file's name."""
+    blocks = {key.split(".")[1] for key in keys if key.startswith("down_blocks.")}
+    tables = {tensor.shape[1] for key, tensor in tensors.items() if key.endswith(".pe") and len(tensor.shape) == 3}
+    if len(blocks) == 3:
+        return "SDXL beta"
+    if any(key.startswith("mid_block.") for key in keys):
+        return "Lightning" if "lightning" in name.lower() else "v2"
+    if not tables:
+        return "AnimateLCM"
+    return "v1" if tables == {24} else "v3"
+
+
+def _lora(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind:
+    namings: list[tuple[str, Callable[[str], bool]]] = [
+        ("kohya", lambda key: key.startswith(("lora_unet_", "lora_te"))),
+        ("original", lambda key: INSIDE in key or (".processor." in key and not key.startswith("unet."))),
+        ("PEFT", lambda key: key.startswith("base_model.model.")),
+        ("diffusers", lambda key: True),
+    ]
+    naming = next(name for name, fits in namings if any(map(fits, keys)))
+    refused = next((kind for key in keys for sign, kind in loras.REFUSED.items() if sign in key), None)
+    if refused:
+        return Kind(refused.split(" ", 1)[1], naming, supported=False, tensors=tensors)
+    motion = sum("motion_modules" in key for key in keys)
+    text = sum(key.startswith(("lora_te", "text_encoder.", "text_model.")) for key in keys)
+    places = [name for name, n in (("motion modules", motion), ("text encoder", text), ("image layers", len(keys) - motion - text)) if n]
+    ranks = Counter(min(t.shape[:2]) for k, t in tensors.items() if len(t.shape) >= 2)
+    notes = [f"adapts {' and '.join(places)}", f"rank {', '.join(str(r) for r, _ in ranks.most_common(3))}"]
+    return Kind(LORA, naming, "motion LoRA" if motion == len(keys) else "", tensors=tensors, notes=notes)
+
+
+def _cross_width(tensors: Mapping[str, Tensor]) -> int | None:
+    return next((t.shape[1] for key, t in tensors.items() if key.endswith(".attn2.to_k.weight")), None)

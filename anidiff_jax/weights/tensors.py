@@ -1,0 +1,153 @@
+"""Tensors in files, unread until they are asked for: safetensors, and PyTorch's pickles where torch is installed; and written so.
+
+Nothing in a file is executed, and no file makes memory grow beyond its own size.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from anidiff_jax.errors import UserError
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_NUMPY = {  # of safetensors' names
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "BOOL": "bool", "U8": "uint8",
+    **{f"I{n}": f"int{n}" for n in (8, 16, 32, 64)},
+}  # fmt: skip
+_THEIRS = {ours: theirs for theirs, ours in _NUMPY.items()}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as PyTorch shapes it; `read()` fetches it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # numpy's name
+    read: Callable[[], np.ndarray]
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Tensor":
+        return cls(tuple(array.shape), str(array.dtype), lambda: array)
+
+    def cast(self, dtype: str) -> "Tensor":
+        """The same in another type."""
+        return self if dtype == self.dtype else Tensor(self.shape, dtype, lambda: self.read().astype(_numpy_type(dtype)))
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file; UserError where it is damaged, of another kind, or would have to be executed."""
+    if path.suffix.lower() in PICKLES and not _is_safetensors(path):
+        return _pickled(path)
+    try:
+        with safe_open(path, "numpy") as file:
+            return {
+                key: Tensor(tuple(part.get_shape()), _NUMPY.get(part.get_dtype(), part.get_dtype().lower()), partial(_read, path, key))
+                for key in file.keys()  # noqa: SIM118 (not a dict)
+                for part in [file.get_slice(key)]
+            }
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): download or copy it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """The text entries in the header of a .safetensors file; of other files, none."""
+    if path.suffix.lower() in PICKLES and not _is_safetensors(path):
+        return {}
+    with safe_open(path, "numpy") as file:
+        return file.metadata() or {}
+
+
+def _read(path: Path, key: str) -> np.ndarray:
+    """One tensor. The file is opened anew, since an open one keeps every page that was read in memory."""
+    with safe_open(path, "numpy") as file:
+        return file.get_tensor(key)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do, whatever it is called: eight bytes of length, then a brace."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _pickled(path: Path) -> dict[str, Tensor]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path} is a PyTorch pickle, which needs torch to be read: pip install 'anidiff-jax[convert]'") from None
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        _refuse_compressed(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
+    except Exception as error:  # of many kinds, for what is damaged and for what would execute code
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise UserError(f"{path} is damaged, or holds more than weights, which is never executed ({reason})") from None
+    found = {key: value for key, value in _unwrapped(content, path).items() if isinstance(value, torch.Tensor)}
+    if not found:
+        raise UserError(f"{path} holds no tensors")
+    for key, value in found.items():
+        if value.is_sparse or value.is_quantized or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: {key} has shape {list(value.shape)}, more than the file holds: it is damaged, or not meant well")
+    return {
+        key: Tensor(tuple(value.shape), str(value.dtype).removeprefix("torch."), partial(_numpy, value)) for key, value in found.items()
+    }
+
+
+def _refuse_compressed(path: Path) -> None:
+    """PyTorch stores its arrays as they are, so that a compressed one is not PyTorch's, and may be larger than any memory."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+                raise UserError(f"{path}: {entry.filename} is compressed, as PyTorch never writes it: refused")
+
+
+def _unwrapped(content: Any, path: Path) -> Mapping[str, Any]:
+    """The state dict, which trainers wrap in others."""
+    for name in ("state_dict", "module", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            return _unwrapped(content[name], path)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not named tensors")
+    return {key: value for key, value in content.items() if isinstance(key, str)}
+
+
+def _numpy(tensor) -> np.ndarray:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.contiguous().numpy()
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a .safetensors file, one tensor in memory at a time; it has its name when it is whole."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    order = sorted(tensors, key=lambda key: (-_numpy_type(tensors[key].dtype).itemsize, key))  # as safetensors aligns them
+    for key in order:
+        tensor = tensors[key]
+        start, end = end, end + int(np.prod(tensor.shape, dtype=np.int64)) * _numpy_type(tensor.dtype).itemsize
+        header[key] = {"dtype": _THEIRS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            file.write(np.ascontiguousarray(tensors[key].read().astype(_numpy_type(tensors[key].dtype), copy=False)).view(np.uint8).data)
+    os.replace(aside, path)
+
+
+def _numpy_type(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

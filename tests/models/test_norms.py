@@ -1,0 +1,80 @@
+"""Norms as diffusers, the original AnimateDiff and its v1 take them, and the strength of the motion modules, against PyTorch."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import UNetMotionModel
+
+from anidiff_jax.models.layers import Settings
+from anidiff_jax.weights.base import load_model
+from tests import reference
+
+FRAMES = 3
+
+
+class PerFrame(torch.nn.Module):
+    """A group norm over (b, c, f, h, w) that takes each frame's statistics alone, as the original's motion modules do."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        b, c, f, h, w = x.shape
+        y = self.norm(x.transpose(1, 2).reshape(b * f, c, h, w))
+        return y.reshape(b, f, c, h, w).transpose(1, 2)
+
+
+class Joint(torch.nn.Module):
+    """A group norm over ((b f), c, h, w) that takes all frames' statistics together, as v1's inflated norms do."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        y = self.norm(x.reshape(n // FRAMES, FRAMES, c, h, w).transpose(1, 2))
+        return y.transpose(1, 2).reshape(n, c, h, w)
+
+
+def theirs(base_unet, adapter, motion_norm, spatial_norm):
+    unet = UNetMotionModel.from_unet2d(base_unet, adapter).eval()
+    for name, module in list(unet.named_modules()):
+        if motion_norm == "per_frame" and name.endswith("motion_modules.0"):
+            module.norm = PerFrame(module.norm)
+        if spatial_norm == "joint" and ".resnets." in name and hasattr(module, "norm1"):
+            module.norm1, module.norm2 = Joint(module.norm1), Joint(module.norm2)
+    if spatial_norm == "joint":
+        unet.conv_norm_out = Joint(unet.conv_norm_out)
+    return unet
+
+
+@pytest.mark.parametrize("motion_norm", ["joint", "per_frame"])
+@pytest.mark.parametrize("spatial_norm", ["joint", "per_frame"])
+def test_norms(base, adapter, motion_norm, spatial_norm):
+    model = load_model(base, adapter, settings=Settings(motion_norm=motion_norm, spatial_norm=spatial_norm))
+    x = np.random.default_rng(0).standard_normal((2, FRAMES, 6, 4, 4), np.float32)
+    x += np.arange(FRAMES, dtype=np.float32)[None, :, None, None, None]  # frames unlike each other, so that the statistics differ
+    text = np.random.default_rng(1).standard_normal((2, 5, 24), np.float32)
+    ours = jax.jit(lambda p: model.networks.unet.apply({"params": p}, x, np.array([7, 7]), text))(model.params["unet"])
+    network = theirs(reference.unet(), reference.adapter(), motion_norm, spatial_norm)
+    with torch.inference_mode():
+        states = torch.tensor(text).repeat_interleave(FRAMES, 0)
+        want = network(torch.tensor(x).permute(0, 4, 1, 2, 3), 7, states).sample.permute(0, 2, 3, 4, 1)
+    reference.close(ours, want)
+
+
+def test_strength(base, adapter):
+    """At zero the image model, at one the modules as they are, and between and beyond in proportion within one module."""
+    x = np.random.default_rng(0).standard_normal((1, FRAMES, 6, 4, 4), np.float32)
+    text = np.random.default_rng(1).standard_normal((1, 5, 24), np.float32)
+
+    def run(scale, motion=adapter):
+        model = load_model(base, motion, settings=Settings(motion_scale=scale))
+        return np.asarray(jax.jit(lambda p: model.networks.unet.apply({"params": p}, x, np.array([7]), text))(model.params["unet"]))
+
+    np.testing.assert_allclose(run(0.0), run(1.0, None), rtol=1e-5, atol=1e-5)
+    assert np.abs(run(0.5) - run(0.0)).max() > 0.01
+    assert np.abs(run(0.5) - run(1.0)).max() > 0.01

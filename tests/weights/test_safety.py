@@ -1,0 +1,135 @@
+"""Files that are damaged or not meant well: refused in one line, in little memory, and nothing in them is executed."""
+
+import contextlib
+import io
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from anidiff_jax.errors import UserError
+from anidiff_jax.weights.kinds import recognise
+from anidiff_jax.weights.loras import load_lora
+from anidiff_jax.weights.sources import base_source, motion_source
+from anidiff_jax.weights.tensors import tensors_of
+
+
+def refused(path: Path, words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        tensors_of(path)
+    assert "\n" not in str(error.value)
+
+
+class Hostile:
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt"])
+def test_nothing_is_executed(tmp_path, suffix):
+    trap = tmp_path / "executed"
+    torch.save({"state_dict": {"a": torch.ones(2)}, "more": Hostile(trap)}, tmp_path / f"x{suffix}")
+    refused(tmp_path / f"x{suffix}", "never executed")
+    (tmp_path / f"y{suffix}").write_bytes(pickle.dumps({"a": Hostile(trap)}))
+    refused(tmp_path / f"y{suffix}", "never executed")
+    assert not trap.exists()
+
+
+def test_shapes_beyond_the_file(tmp_path):
+    tensor = torch.ones(1).expand(100_000, 100_000)  # 40 GB out of four bytes
+    torch.save({"a": tensor}, tmp_path / "x.ckpt")
+    refused(tmp_path / "x.ckpt", "more than the file holds")
+    header = b'{"a":{"dtype":"F32","shape":[100000,100000],"data_offsets":[0,4]}}'
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    refused(tmp_path / "x.safetensors", "not a whole safetensors file")
+
+
+@pytest.mark.parametrize("length", [2**63, 2**40, 200_000_000, 10**6])
+def test_headers_beyond_the_file(tmp_path, length):
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", length) + b"{}")
+    refused(tmp_path / "x.safetensors", "not a whole safetensors file")
+
+
+def test_a_zip_bomb(tmp_path):
+    torch.save({"a": torch.zeros(10)}, tmp_path / "good.ckpt")
+    with zipfile.ZipFile(tmp_path / "good.ckpt") as good, zipfile.ZipFile(tmp_path / "x.ckpt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for entry in good.infolist():
+            bomb.writestr(entry.filename, bytes(200_000_000) if "data/0" in entry.filename else good.read(entry))
+    assert (tmp_path / "x.ckpt").stat().st_size < 10**6
+    refused(tmp_path / "x.ckpt", "compressed")
+
+
+def test_shards_stay_in_their_folder(tmp_path):
+    (tmp_path / "secret.safetensors").write_bytes(save({"a": np.ones(2, np.float32)}))
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"a": "../secret.safetensors"}}')
+    with pytest.raises(UserError, match="is missing"):
+        recognise(folder)
+
+
+GOOD = {
+    "x.safetensors": save({"down_blocks.0.motion_modules.0.proj_in.weight": np.ones((4, 4), np.float32)}),
+    "y.safetensors": save({"lora_unet_mid_block.lora_down.weight": np.ones((4, 4)), "lora_unet_mid_block.alpha": np.ones(())}),
+}
+_buffer = io.BytesIO()
+torch.save({"state_dict": {"down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": torch.ones(4)}}, _buffer)
+GOOD["z.ckpt"] = _buffer.getvalue()
+
+
+def damaged(data: bytes, at: int, new: bytes, end: int) -> bytes:
+    at %= len(data)
+    return (data[:at] + new + data[at + len(new) :])[: len(data) - end % len(data)]
+
+
+@st.composite
+def files(draw):
+    name = draw(st.sampled_from(sorted(GOOD)))
+    kind = draw(st.sampled_from(["damaged", "noise", "header"]))
+    if kind == "noise":
+        return name, draw(st.binary(max_size=400))
+    if kind == "header":  # well formed, of odd names, types and shapes
+        keys = draw(st.lists(st.text(max_size=30), max_size=4, unique=True))
+        dtype = draw(st.sampled_from([np.float32, np.int64, np.float16, np.uint8]))
+        shape = draw(st.lists(st.integers(0, 4), max_size=4))
+        return "x.safetensors", save({key: np.ones(shape, dtype) for key in keys})
+    return name, damaged(GOOD[name], draw(st.integers(0)), draw(st.binary(min_size=1, max_size=12)), draw(st.integers(0, 40)))
+
+
+def read_all(path: Path) -> None:
+    """Every reader either takes a file or refuses it as the user's mistake."""
+    for reader in (recognise, motion_source, base_source, lambda p: load_lora(p, {"unet": ["mid_block"]})):
+        with contextlib.suppress(UserError):
+            reader(path)
+
+
+def fuzz(tmp_path, examples: int) -> None:
+    @settings(max_examples=examples, deadline=5000, database=None, suppress_health_check=list(HealthCheck))
+    @given(files())
+    def run(file):
+        name, data = file
+        (tmp_path / name).write_bytes(data)
+        read_all(tmp_path / name)
+
+    run()
+
+
+def test_damaged_files_are_refused(tmp_path):
+    fuzz(tmp_path, 60)
+
+
+@pytest.mark.soak
+def test_damaged_files_are_refused_for_long(tmp_path):
+    fuzz(tmp_path, 20_000)
