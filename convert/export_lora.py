@@ -30,8 +30,8 @@ def main() -> None:
     store.must_not_exist(args.output)
     layers: dict[str, list[str]] = {"unet": [], "text_encoder": []}
     if args.model_id_or_path:
-        parts = base_source(resolve(args.model_id_or_path)).tensors
-        layers = {part: layers_of(parts[part]) for part in layers}
+        base = base_source(resolve(args.model_id_or_path))
+        layers = {part: layers_of(base.named(part)) for part in layers}
     if args.motion_adapter_id_or_path:
         layers["unet"] += layers_of(motion_source(resolve(args.motion_adapter_id_or_path))[1])
     source = resolve(args.input)

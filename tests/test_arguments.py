@@ -5,7 +5,8 @@ import json
 import tomllib
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin
 
 import pytest
 import yaml
@@ -123,9 +124,11 @@ def another_value(f):
         return chosen[f.name]
     if f.type == list[str]:
         return ["one", "another:0.5"]
-    if get_origin(f.type) is Literal:
-        return next(value for value in get_args(f.type) if value != f.default)
-    plain = get_args(f.type)[0] if get_args(f.type) else f.type  # of int | None
+    plain = f.type
+    if get_origin(plain) in (UnionType, Union):  # of int | None
+        plain = get_args(plain)[0]
+    if get_origin(plain) is Literal:
+        return next(value for value in get_args(plain) if value != f.default)
     return kinds[plain.__name__]
 
 

@@ -70,7 +70,7 @@ def load_model(
     source = base if isinstance(base, Source) else base_source(base)
     settings = settings or Settings()
     dtype_of = lambda key: "float32" if keep_float32(key) else dtype
-    where, unet_json, unet_tensors = source.where, source.configs["unet"], source.tensors["unet"]
+    where, unet_json, unet_tensors = source.where, source.configs["unet"], source.named("unet")
     groups = unet_json.get("norm_num_groups") or 32
     own_motion = {k: t for k, t in unet_tensors.items() if is_motion(k)}
     unet_tensors = {k: t for k, t in unet_tensors.items() if not is_motion(k)}
@@ -113,8 +113,8 @@ def load_model(
         weights = merge(weights, draw(motion_shapes, seed))
     params = {
         "unet": weights,
-        "vae": load(shapes(networks.vae), source.tensors["vae"], lambda _: dtype, f"{source.where}: VAE"),
-        "text_encoder": load(shapes(networks.text_encoder), source.tensors["text_encoder"], lambda _: dtype, f"{source.where}: CLIP"),
+        "vae": load(shapes(networks.vae), source.named("vae"), lambda _: dtype, f"{source.where}: VAE"),
+        "text_encoder": load(shapes(networks.text_encoder), source.named("text_encoder"), lambda _: dtype, f"{source.where}: CLIP"),
     }
     return Model(networks, params, load_tokenizer(tokenizer_of(source)), motion, unet_json, source.scheduler)
 

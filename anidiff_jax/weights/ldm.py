@@ -29,7 +29,7 @@ def parts_of(tensors: Mapping[str, Tensor], where) -> dict[str, dict[str, Tensor
         parts["unet"] = renamed(unet, unet_rules(unet, where))
     vae = inside(VAE) or (dict(tensors) if "decoder.mid.block_1.norm1.weight" in tensors else {})
     if vae:
-        parts["vae"] = renamed(_without_loss(vae), vae_rules(vae))
+        parts["vae"] = {key: _as_linear(key, tensor) for key, tensor in renamed(_without_loss(vae), vae_rules(vae)).items()}
     if text := inside(TEXT):
         parts["text_encoder"] = text
     return parts
@@ -109,6 +109,13 @@ def vae_rules(keys: Iterable[str]) -> Rules:
         (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
         (r"\.norm_out\.", ".conv_norm_out."),
     ]
+
+
+def _as_linear(key: str, tensor: Tensor) -> Tensor:
+    """The attention's layers, which single files keep as convolutions of one pixel, as the Linear layers that they are in diffusers."""
+    if ".attentions." not in key or len(tensor.shape) != 4:
+        return tensor
+    return Tensor(tensor.shape[:2], tensor.dtype, lambda: tensor.read().reshape(tensor.shape[:2]))
 
 
 def _without_loss(vae: Mapping[str, Tensor]) -> dict[str, Tensor]:

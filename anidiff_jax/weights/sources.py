@@ -27,7 +27,7 @@ ARGUMENTS = {
 
 @dataclass
 class Source:
-    """A base model, unread. Its parts are those of `store.PARTS`."""
+    """A base model, unread. Its parts are those of `store.PARTS`; its tensors have the names that some diffusers gave them."""
 
     where: Path
     configs: dict[str, dict[str, Any]]
@@ -35,6 +35,10 @@ class Source:
     tokenizer: Path | str  # a folder, or the hub id that has it
     scheduler: dict[str, Any]
     index: dict[str, Any]  # model_index.json; {} of a single file
+
+    def named(self, part: str) -> dict[str, Tensor]:
+        """A part's tensors under the names of today's diffusers, and the text encoder's with `text_model.` in front."""
+        return NAMES[part](self.tensors[part]) if part in NAMES else dict(self.tensors[part])
 
 
 def base_source(path: Path, vae: Path | None = None, text_encoder: Path | None = None, unet: Path | None = None) -> Source:
@@ -72,8 +76,7 @@ def base_source(path: Path, vae: Path | None = None, text_encoder: Path | None =
             raise UserError(
                 f"{path} holds no {part.replace('_', ' ')}: give one with {'--vae_path' if part == 'vae' else '--text_encoder_path'}"
             )
-    named = {part: NAMES[part](tensors) if part in NAMES else tensors for part, tensors in parts.items()}
-    return Source(path, configs, named, tokenizer, scheduler, index)
+    return Source(path, configs, parts, tokenizer, scheduler, index)
 
 
 def tokenizer_of(source: Source) -> Path:

@@ -106,10 +106,14 @@ def _pickled(path: Path) -> dict[str, Tensor]:
 
 def _refuse_compressed(path: Path) -> None:
     """PyTorch stores its arrays as they are, so that a compressed one is not PyTorch's, and may be larger than any memory."""
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
-                raise UserError(f"{path}: {entry.filename} is compressed, as PyTorch never writes it: refused")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError) as error:
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())}): download or copy it again") from None
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
+            raise UserError(f"{path}: {entry.filename!r} is compressed, as PyTorch never writes it: refused")
 
 
 def _unwrapped(content: Any, path: Path) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ CLASSES = {
 
 def with_loras(source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
     """The model with LoRAs of its UNet and text encoder added, each with its scale, when its tensors are read."""
-    tensors = dict(source.tensors)
+    tensors = {**source.tensors, **{part: source.named(part) for part in ("unet", "text_encoder") if loras}}
     for path, scale in loras:
         lora = load_lora(path, {part: layers_of(tensors[part]) for part in ("unet", "text_encoder")})
         for part in ("unet", "text_encoder"):

@@ -1,5 +1,7 @@
 """Norms as diffusers, the original AnimateDiff and its v1 take them, and the strength of the motion modules, against PyTorch."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -42,7 +44,7 @@ class Joint(torch.nn.Module):
 def theirs(base_unet, adapter, motion_norm, spatial_norm):
     unet = UNetMotionModel.from_unet2d(base_unet, adapter).eval()
     for name, module in list(unet.named_modules()):
-        if motion_norm == "per_frame" and name.endswith("motion_modules.0"):
+        if motion_norm == "per_frame" and re.search(r"motion_modules\.\d+$", name):
             module.norm = PerFrame(module.norm)
         if spatial_norm == "joint" and ".resnets." in name and hasattr(module, "norm1"):
             module.norm1, module.norm2 = Joint(module.norm1), Joint(module.norm2)

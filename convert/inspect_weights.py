@@ -1,6 +1,6 @@
 """Says what a file or folder of weights is, and which argument takes it.
 
-python convert/inspect.py FILE_OR_FOLDER …
+python convert/inspect_weights.py FILE_OR_FOLDER …
 """
 
 import argparse
