@@ -135,9 +135,10 @@ def motion_version(keys: list[str], tensors: Mapping[str, Tensor], name: str = "
     """v1, v2, v3, … of motion modules, from their structure; Lightning is v2 but for its file's name."""
     blocks = {key.split(".")[1] for key in keys if key.startswith("down_blocks.")}
     tables = {tensor.shape[1] for key, tensor in tensors.items() if key.endswith(".pe") and len(tensor.shape) == 3}
-    if len(blocks) == 3:
+    mid = any(key.startswith("mid_block.") for key in keys)
+    if len(blocks) == 3 and not mid:
         return "SDXL beta"
-    if any(key.startswith("mid_block.") for key in keys):
+    if mid:
         return "Lightning" if "lightning" in name.lower() else "v2"
     if not tables:
         return "AnimateLCM"

@@ -186,3 +186,9 @@ def test_loaded_models_compute_the_same(parts, sd, tmp_path):
         want = theirs(torch.tensor(x).permute(0, 4, 1, 2, 3), 7, states).sample.permute(0, 2, 3, 4, 1)
     reference.close(got, want)
     assert flatten(ours.params["unet"])
+
+
+@pytest.mark.parametrize(("mid", "version"), [(True, "v2"), (False, "SDXL beta")])
+def test_three_blocks_are_not_always_xl(tmp_path, mid, version):
+    model = reference.adapter(block_out_channels=(16, 32, 32), use_motion_mid_block=mid)
+    assert recognise(reference.write_adapter(tmp_path, model)).version == version
