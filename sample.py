@@ -19,6 +19,9 @@ from anidiff_jax.arguments import parse
 from anidiff_jax.config import SampleConfig
 from anidiff_jax.errors import UserError, run_script
 
+SOURCES = ("model_id_or_path", "motion_adapter_id_or_path", "hub", "vae_path", "text_encoder_path", "ckpt_dir", "lora",
+           "motion_norm", "spatial_norm", "motion_scale")  # fmt: skip
+
 
 def main() -> None:
     config = parse(SampleConfig)
@@ -34,7 +37,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before anything is computed
     settings = {"negative_prompt": config.negative_prompt, **config.sampling()}
     pipeline = load(config)
-    sources = {name: getattr(config, name) for name in ("model_id_or_path", "motion_adapter_id_or_path", "hub", "ckpt_dir")}
+    sources = {name: getattr(config, name) for name in SOURCES}
     recipe = {**settings, "stride": config.sample_stride, **asdict(pipeline.schedule), "dtype": pipeline.dtype, **sources}
     for prompt in prompts:
         (video,) = pipeline(prompt, **settings)

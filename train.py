@@ -128,8 +128,7 @@ def main() -> None:
     if is_main():
         last_saved = run / "checkpoints" / f"iter-{int(state.step)}"
         hub.finished(last_saved)
-        for path in export(last_saved, config) if config.export != "none" else []:
-            log.info("exported %s", path)
+        export(last_saved, config)
         flops = flops_of_update(task, state.params, on_one_device(frozen), config, per_update)
         log.info("%s", write_report(run, config, cost_of(report.entries, flops, stream.seconds)))
         print(last_saved)

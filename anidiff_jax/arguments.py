@@ -135,10 +135,10 @@ def as_markdown() -> str:
                 continue
             lines += ["", f"## {title} ({'both' if of_both else script})", "", "| argument | default | meaning |", "|---|---|---|"]
             for f in members:
-                default = (
-                    str(f.default).lower() if isinstance(f.default, bool) else "none" if f.default in (None, "", MISSING) else f.default
-                )
-                choices = get_args(f.type) if get_origin(f.type) is Literal else ()
+                nothing = f.default in (None, "", MISSING)
+                default = "none" if nothing else str(f.default).lower() if isinstance(f.default, bool) else f.default
+                kind_of_value = next((t for t in (f.type, *get_args(f.type)) if get_origin(t) is Literal), None)  # Literal | None too
+                choices = get_args(kind_of_value) if kind_of_value else ()
                 meaning = f.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
                 lines.append(f"| `{f.name}` | {default} | {meaning.replace('|', chr(92) + '|')} |")
     return "\n".join([*lines, ""])

@@ -156,7 +156,7 @@ class AnimateDiffPipeline:
         schedule = NoiseSchedule(**noise)
         pipe = cls(model, schedule if "prediction_type" in noise else schedule.for_base(model.scheduler), defaults=defaults)
         if lora is not None:
-            pipe.load_lora(lora)
+            pipe.load_lora(lora, hub=hub)
         return pipe
 
     def load_lora(self, path: str | Path, scale: float = 1.0, hub: str | None = None) -> None:

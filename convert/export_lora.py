@@ -16,8 +16,8 @@ def main() -> None:
     parser.add_argument("--format", choices=["diffusers", "original", "kohya"], default="diffusers",
                         help="diffusers and PEFT; the original's motion LoRAs (attentions only); A1111's and ComfyUI's")  # fmt: skip
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="type of the weights")
-    parser.add_argument("--model_id_or_path", help="base model, where the input's naming needs one (kohya's); none = the embedded one")
-    parser.add_argument("--motion_adapter_id_or_path", help="the same for motion modules")
+    parser.add_argument("--model_id_or_path", help="base model: needed where the input is named as kohya does")
+    parser.add_argument("--motion_adapter_id_or_path", help="motion modules: needed where a LoRA named so adapts them")
     parser.add_argument("--output", type=Path, required=True, help="file to write; must not exist")
     args = parser.parse_args()
 

@@ -24,6 +24,8 @@ class Server(ThreadingHTTPServer):
         self.repos: dict[tuple[str, str], dict[str, bytes]] = {}  # (repository, revision) → files to be downloaded
         self.lost: set[str] = set()  # files of them that are listed, and not there
         self.fetched: list[str] = []
+        self.cut: int | None = None  # after so many bytes the connection breaks, once
+        self.ranges: list[str] = []  # that were asked for
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -71,18 +73,26 @@ class HuggingFace(Handler):
         if verb == "revision":
             files = [{"rfilename": path} for path in there]
             return self.answer(200, {"id": f"{owner}/{name}", "sha": self.COMMIT, "siblings": files, "private": False, "tags": []})
-        data = there[path]
-        self.send_response(200)
+        data, asked = there[path], self.headers["Range"] or ""
+        whole, start = len(data), int(asked.removeprefix("bytes=").split("-")[0] or 0)
+        data = data[start:]
+        self.send_response(206 if asked else 200)
         for header, value in {
             "X-Repo-Commit": self.COMMIT,
-            "ETag": f'"{hashlib.sha1(data).hexdigest()}"',
+            "ETag": f'"{hashlib.sha1(there[path]).hexdigest()}"',
             "Content-Length": len(data),
+            **({"Content-Range": f"bytes {start}-{whole - 1}/{whole}"} if asked else {}),
         }.items():
             self.send_header(header, str(value))
         self.end_headers()
         if self.command == "GET":
             self.server.fetched.append(path)
-            self.wfile.write(data)
+            self.server.ranges.append(asked)
+            cut, self.server.cut = self.server.cut, None
+            self.wfile.write(data[:cut])
+            if cut is not None:
+                self.close_connection = True
+                self.connection.shutdown(2)
         return None
 
     def do_POST(self):

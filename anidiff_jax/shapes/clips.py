@@ -5,32 +5,32 @@ python -m anidiff_jax.shapes.clips --output demo/clips --count 50 --motion right
 
 import argparse
 import csv
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count as counting
 from pathlib import Path
 
 import numpy as np
 
-from anidiff_jax.shapes.render import HELD_OUT_MOTIONS, MOTIONS, Scene, held_out, random_scene, render
+from anidiff_jax.shapes.render import HELD_OUT_MOTIONS, MOTIONS, THINGS, Scene, held_out, random_scene, render
 from anidiff_jax.video import save_mp4
 
 SIDE, FRAMES, FPS = 64, 24, 8
 
 
-def scenes(seed: int, motion: str = "own", unseen: bool = False) -> Iterator[tuple[Scene, str]]:
+def scenes(seed: int, motion: str = "own", unseen: bool = False, things: Collection[str] = tuple(THINGS)) -> Iterator[tuple[Scene, str]]:
     """Endless (scene, caption), the same for the same seed; `unseen`: only combinations that training never shows, else only others."""
     for i in counting():
         rng = np.random.default_rng((seed, i))
         scene = random_scene(rng, motion)
-        if held_out(scene) == unseen:
+        if held_out(scene) == unseen and scene.thing in things:
             yield scene, scene.caption(int(rng.integers(1 << 30)))
 
 
-def write_clips(folder: Path, count: int, seed: int = 0, motion: str = "own") -> Path:
+def write_clips(folder: Path, count: int, seed: int = 0, motion: str = "own", things: Collection[str] = tuple(THINGS)) -> Path:
     """Renders `count` clips into `folder`, and a csv, whose path it returns. The same seed gives the same clips."""
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = [next_scene for _, next_scene in zip(range(count), scenes(seed, motion), strict=False)]
+    chosen = [next_scene for _, next_scene in zip(range(count), scenes(seed, motion, things=things), strict=False)]
     names = [f"{i:05d}-{scene.color}-{scene.thing}.mp4" for i, (scene, _) in enumerate(chosen)]
     with ThreadPoolExecutor(2) as pool:  # ffmpeg works in a process of its own
         list(pool.map(lambda name, item: save_mp4(render(item[0], FRAMES, SIDE), folder / name, FPS), names, chosen))
@@ -50,5 +50,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--motion", choices=["own", *MOTIONS, *HELD_OUT_MOTIONS], default="own", help="of all clips; own = as the shipped adapter learnt it"
     )
+    parser.add_argument("--things", nargs="+", choices=list(THINGS), default=list(THINGS), help="what they show")
     args = parser.parse_args()
-    print(write_clips(args.output, args.count, args.seed, args.motion))
+    print(write_clips(args.output, args.count, args.seed, args.motion, args.things))

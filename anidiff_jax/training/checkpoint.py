@@ -92,7 +92,8 @@ def write_checkpoint(folder: Path, state: TrainState, frozen_unet: Tree, model: 
     """
     import orbax.checkpoint as ocp
 
-    header = {"trained_by": "anidiff-jax", "base_model": str(config.model_id_or_path or "embedded"), "step": str(int(state.step))}
+    header = {"trained_by": "anidiff-jax", "base_model": str(config.model_id_or_path or "embedded"), "step": str(int(state.step)),
+              "motion_norm": config.motion_norm, "spatial_norm": config.spatial_norm}  # fmt: skip
     with files.written_whole(folder) as out:
         with _orbax() as checkpointer:
             checkpointer.save((out / "state").absolute(), ocp.args.PyTreeSave(state))

@@ -12,6 +12,8 @@ log = logging.getLogger(__name__)
 
 PRIVATE = ("csv_path", "video_folder", "validation_csv", "latent_cache", "output_dir", "validation_prompts_path", "resume_from_checkpoint")
 
+MODELS = ("model_id_or_path", "motion_adapter_id_or_path", "vae_path", "text_encoder_path")
+
 
 class Hub:
     """Pushes by the strategy that was asked for, in a thread of its own; without push_to_hub it does nothing.
@@ -69,7 +71,9 @@ def card(config: TrainConfig, checkpoint: Path, clips: int, sample: bool) -> str
     on_hub = base if base == config.model_id_or_path else None
     tags = ["animatediff", "text-to-video", *(["lora"] if config.sft_type == "lora" else [])]
     given = {name: value for name, value in config.to_json().items() if name in config.given and name not in PRIVATE}
-    given |= {name: source(given[name]) for name in ("model_id_or_path", "motion_adapter_id_or_path") if name in given}
+    given |= {name: source(given[name]) for name in MODELS if name in given}
+    if "lora" in given:
+        given["lora"] = [f"{source(path)}:{scale:g}" for path, scale in config.loras()]
     kind = "LoRA for AnimateDiff" if config.sft_type == "lora" else "AnimateDiff weights"
     lines = ["---", ModelCardData(base_model=on_hub, library_name="diffusers", tags=tags).to_yaml(), "---", "", f"# {kind}", ""]
     if sample:

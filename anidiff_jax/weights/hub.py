@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from anidiff_jax.errors import UserError
+from anidiff_jax.weights.tensors import PICKLES
 
 HUBS = ("hf", "modelscope")
 PARTS = ["unet/*", "vae/*", "text_encoder/*"]
@@ -15,9 +16,10 @@ WANTED = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetenso
 
 
 def resolve(path_or_id: str, revision: str | None = None, hub: str | None = None) -> Path:
-    """A local path as it is, or an id of a hub downloaded into its cache, no file more than is read.
+    """A local path as it is, or what a hub has, downloaded into its cache: owner/name, or owner/name/FILE for one file of a repository.
 
-    hub: None tries Hugging Face, and then ModelScope where its package is installed.
+    Of a repository no file more than is read is downloaded. hub: None tries Hugging Face, and then ModelScope where its package is
+    installed.
     """
     if hub is not None and hub not in HUBS:
         raise UserError(f"hub={hub!r} is not one of {', '.join(HUBS)}")
@@ -25,22 +27,26 @@ def resolve(path_or_id: str, revision: str | None = None, hub: str | None = None
     if path.exists():
         return path
     parts = path_or_id.split("/")
-    if len(parts) != 2 or not all(parts) or path_or_id.startswith((".", "/", "~")):
-        raise UserError(f"{path_or_id} does not exist here, and is not a hub id such as owner/name")
+    one_file = len(parts) > 2 and parts[-1].endswith((".safetensors", *PICKLES)) and ".." not in parts
+    if not (len(parts) == 2 or one_file) or not all(parts) or path_or_id.startswith((".", "/", "~")):
+        raise UserError(f"{path_or_id} does not exist here, and is not a hub id such as owner/name or owner/name/file.safetensors")
+    repo, inside = "/".join(parts[:2]), "/".join(parts[2:])
     reasons = []
     for name in [hub] if hub else ["hf", *(["modelscope"] if find_spec("modelscope_hub") else [])]:
         token = token_of(name)
         try:
-            return (_from_modelscope if name == "modelscope" else _from_huggingface)(path_or_id, revision)
+            return (_from_modelscope if name == "modelscope" else _from_huggingface)(repo, revision, inside)
         except Exception as error:  # many kinds: offline, unknown id, gated, no such revision
             reasons.append(f"{name}: {in_a_line(error, token)}")
     raise UserError(f"{path_or_id} is not a local folder, and no hub gave it ({'; '.join(reasons)})")
 
 
-def _from_huggingface(repo: str, revision: str | None) -> Path:
+def _from_huggingface(repo: str, revision: str | None, inside: str) -> Path:
     from huggingface_hub import HfApi
 
     api = HfApi()
+    if inside:
+        return Path(api.hf_hub_download(repo, inside, revision=revision))
     try:
         files = wanted(api.list_repo_files(repo, revision=revision))
     except OSError:  # offline: what an earlier run downloaded
@@ -48,17 +54,20 @@ def _from_huggingface(repo: str, revision: str | None) -> Path:
     return Path(api.snapshot_download(repo, revision=revision, allow_patterns=files))
 
 
-def _from_modelscope(repo: str, revision: str | None) -> Path:
+def _from_modelscope(repo: str, revision: str | None, inside: str) -> Path:
     modelscope = _modelscope()
     api, revision = modelscope.HubApi(modelscope.HubConfig()), revision or "master"
     try:
         files = api.list_repo_files(repo, "model", revision=revision)
     except (OSError, modelscope.ServerError):  # offline: what an earlier run downloaded
-        return api.download_repo(repo, "model", revision=revision, local_files_only=True)
-    chosen = wanted(file.path for file in files if file.type != "tree")
+        return api.download_repo(repo, "model", revision=revision, local_files_only=True) / inside
+    there = [file.path for file in files if file.type != "tree"]
+    if inside and inside not in there:
+        raise UserError(f"{repo} has no file {inside}")
+    chosen = [inside] if inside else wanted(there)
     listed = [{"Path": file.path, "Size": file.size or None, "Sha256": file.sha256} for file in files if file.path in chosen]
     try:
-        return api.download_repo(repo, "model", revision=revision, file_list=listed)
+        return api.download_repo(repo, "model", revision=revision, file_list=listed) / inside
     except modelscope.FileDownloadError as error:  # counts the files; each has its own reason
         raise next(iter(error.failed_files.values())) from None
 
@@ -79,7 +88,7 @@ def hub_tokenizer(repo: str) -> Path:
     from huggingface_hub import HfApi
 
     try:
-        return Path(HfApi().snapshot_download(repo, allow_patterns=["vocab.json", "merges.txt", "tokenizer_config.json"]))
+        return Path(HfApi().snapshot_download(repo, allow_patterns=["vocab.json", "merges.txt", "tokenizer*.json"]))
     except Exception as error:  # of many kinds: offline, a mirror without it
         reason = in_a_line(error, token_of("hf"))
         raise UserError(f"a single file holds no tokenizer; {repo} was not to be had ({reason}): give --text_encoder_path SD15") from None

@@ -51,10 +51,17 @@ def recognise(path: Path) -> Kind:
     return of_tensors(tensors_of(path), path)
 
 
+def _refuse_other_families(index: Path) -> None:
+    if index.is_file():
+        name = read_json(index).get("_class_name") or ""
+        if name.startswith("StableDiffusion3") or "XL" in name or "Flux" in name:
+            raise UserError(f"{index.parent} is a {name} model: Stable Diffusion 1.x and 2.x are supported")
+
+
 def _of_folder(path: Path) -> Kind:
     if (path / "unet").is_dir():
-        store.base_folder(path)
-        version = "2.x" if _cross_width(store.tensors_in(path / "unet")) == 1024 else "1.x"
+        _refuse_other_families(path / "model_index.json")
+        version = "2.x" if read_json(path / "unet" / "config.json").get("cross_attention_dim") == 1024 else "1.x"
         return Kind(BASE, "diffusers", f"Stable Diffusion {version}")
     if any((folder / name).is_file() for folder in (path, path / "default") for name in loras.FILES):
         file = loras.file_of(path)
@@ -161,8 +168,5 @@ def _lora(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind:
     places = [name for name, n in (("motion modules", motion), ("text encoder", text), ("image layers", len(keys) - motion - text)) if n]
     ranks = Counter(min(t.shape[:2]) for k, t in tensors.items() if len(t.shape) >= 2)
     notes = [f"adapts {' and '.join(places)}", f"rank {', '.join(str(r) for r, _ in ranks.most_common(3))}"]
-    return Kind(LORA, naming, "motion LoRA" if motion == len(keys) else "", tensors=tensors, notes=notes)
-
-
-def _cross_width(tensors: Mapping[str, Tensor]) -> int | None:
-    return next((t.shape[1] for key, t in tensors.items() if key.endswith(".attn2.to_k.weight")), None)
+    version = "motion LoRA" if motion == len(keys) else "domain adapter" if naming == "original" and not motion else ""
+    return Kind(LORA, naming, version, tensors=tensors, notes=notes)

@@ -80,6 +80,11 @@ def load_lora(path: Path, layers: Mapping[str, Sequence[str]]) -> Lora:
     return Lora(unflatten(trees["unet"]), unflatten(trees["text_encoder"]))
 
 
+def adapts(path: Path) -> list[str]:
+    """The names of the tensors in a LoRA's file."""
+    return list(tensors_of(file_of(path)))
+
+
 def named(key: str, layers: Mapping[str, Sequence[str]], where) -> tuple[str, str, str]:
     """(network, layer, "A" | "B" | "alpha") of a tensor."""
     for sign, kind in REFUSED.items():

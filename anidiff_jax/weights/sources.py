@@ -90,7 +90,7 @@ def _part_of(path: Path, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         path = path / part
     if (path / "config.json").is_file():
         return store.tensors_in(path, STEMS[part]), read_json(path / "config.json")
-    found = expect(path, kinds.VAE if part == "vae" else kinds.TEXT, kinds.BASE)
+    found = expect(path, {"vae": kinds.VAE, "text_encoder": kinds.TEXT, "unet": kinds.UNET}[part], kinds.BASE)
     tensors = ldm.parts_of(found.tensors, path).get(part) or (dict(found.tensors) if part == "text_encoder" else {})
     if not tensors:
         raise UserError(f"{path} is a {found.naming} {found.kind} without config.json: give its folder")

@@ -1,7 +1,6 @@
 """What lies in a folder: diffusers layout with safetensors, or the same layout with Orbax arrays as convert/import_*.py write it."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import numpy as np
 
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights import files
-from anidiff_jax.weights.files import read_json
 from anidiff_jax.weights.tensors import Tensor
 from anidiff_jax.weights.tree import Flat
 
@@ -47,16 +45,6 @@ def restore_flat(folder: Path) -> Flat:
         raise UserError(f"{folder} is not a whole Orbax checkpoint ({str(error).splitlines()[0]}): import the model again") from None
 
 
-def base_folder(path: Path) -> Path:
-    """Checks that a folder in diffusers layout is a Stable Diffusion model."""
-    index = path / "model_index.json"
-    if index.is_file():
-        kind = read_json(index).get("_class_name") or ""
-        if kind.startswith("StableDiffusion3") or "XL" in kind or "Flux" in kind:
-            raise UserError(f"{path} is a {kind} model: Stable Diffusion 1.x and 2.x are supported")
-    return path
-
-
 def write_component(tensors: Mapping[str, Tensor], config: Mapping[str, Any], target: Path) -> int:
     """Copies one component into Orbax, arrays in our layout and in their own types; returns how many bytes."""
     target.mkdir(parents=True, exist_ok=True)
@@ -64,15 +52,6 @@ def write_component(tensors: Mapping[str, Tensor], config: Mapping[str, Any], ta
     arrays = {key: files.to_ours(key, tensor.read()) for key, tensor in tensors.items()}
     save_flat(arrays, target / ORBAX)
     return sum(a.nbytes for a in arrays.values())
-
-
-def copy_rest(source: Path, target: Path) -> None:
-    """Copies what a base model's folder holds besides its networks: tokenizer, scheduler, index."""
-    for name in ("tokenizer", "scheduler"):
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
-    if (source / "model_index.json").is_file():
-        shutil.copyfile(source / "model_index.json", target / "model_index.json")
 
 
 def must_not_exist(path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from anidiff_jax.weights import files
+from anidiff_jax.weights import files, store
 from anidiff_jax.weights.loras import load_lora
 from anidiff_jax.weights.merge import layers_of, with_lora
 from anidiff_jax.weights.sources import Source, tokenizer_of
@@ -37,6 +37,18 @@ def write_base(source: Source, target: Path, dtype: str | None = None, header: M
         tensors = {key: tensor.cast(dtype) if dtype else tensor for key, tensor in source.tensors[part].items()}
         files.save_json(source.configs[part], target / part / "config.json")
         write_tensors(tensors, target / part / f"{STEMS[part]}.safetensors", header)
+    write_rest(source, target)
+
+
+def import_base(source: Source, target: Path) -> int:
+    """Fills `target` with the same in Orbax arrays of our layout, in the types that they came in; returns how many bytes."""
+    size = sum(store.write_component(source.tensors[part], source.configs[part], target / part) for part in PARTS)
+    write_rest(source, target)
+    return size
+
+
+def write_rest(source: Source, target: Path) -> None:
+    """What a base model's folder holds besides its networks: tokenizer, scheduler, index."""
     shutil.copytree(tokenizer_of(source), target / "tokenizer")
     (target / "scheduler").mkdir()
     files.save_json(source.scheduler or SCHEDULER, target / "scheduler" / "scheduler_config.json")

@@ -52,6 +52,21 @@ def test_csv_formats(folder, tmp_path):
     assert (found.names, found.captions) == (plain.names[:2], ["a cat, a dog", "short"])
 
 
+@pytest.mark.parametrize("columns", ["name,contentUrl", "name,videoid"])
+def test_rows_never_lead_out_of_the_folder(folder, tmp_path, caplog, columns):
+    shutil.copyfile(next(folder.glob("*.mp4")), tmp_path / "secret.mp4")
+    inside = tmp_path / "videos"
+    inside.mkdir()
+    shutil.copyfile(next(folder.glob("*.mp4")), inside / "a.mp4")
+    suffix = ".mp4" if "Url" in columns else ""
+    rows = [f"a cat,{place}{suffix}" for place in ("../secret", f"{tmp_path}/secret", "..", "x/../../secret", "a")]
+    (tmp_path / "c.csv").write_text("\n".join([columns, *rows]))
+    with caplog.at_level(logging.WARNING):
+        assert list(read_records(str(tmp_path / "c.csv"), str(inside)).names) == ["a.mp4"]
+    assert "4 of 5 rows" in caplog.text
+    assert "secret" in caplog.text
+
+
 def test_captions_beside_the_videos(folder, tmp_path):
     for name in ("b.mp4", "a.mp4", "c.mp4"):
         shutil.copyfile(next(folder.glob("*.mp4")), tmp_path / name)

@@ -84,12 +84,15 @@ def test_a_refusal_is_a_warning_without_the_token(hub, run, name, refuses, reaso
 
 
 def test_the_token_and_paths_stay_here(run):
-    settings = config("push_last", "--model_id_or_path", str(run), "--learning_rate", "1e-3")
+    places = [word for name in ("model_id_or_path", "vae_path", "text_encoder_path") for word in (f"--{name}", str(run))]
+    settings = config("push_last", *places, "--lora", f"{run}:0.5", "--lora", "owner/style", "--learning_rate", "1e-3")
     text = card(settings, run / "iter-5", 3, sample=False)
     assert TOKEN not in text + json.dumps(settings.to_json()) + repr(settings)
     assert "somebody" not in text
     assert str(run.parent) not in text
     assert "`learning_rate`: 0.001" in text
+    assert f"`vae_path`: {run.name}" in text
+    assert f"`lora`: ['{run.name}:0.5', 'owner/style:1']" in text
 
 
 def test_what_is_missing_is_said_at_once(monkeypatch, hub):

@@ -171,3 +171,9 @@ def original_motion_lora(layers) -> dict[str, torch.Tensor]:
             stem = f"{match[1]}temporal_transformer.{match[2]}attention_blocks.{int(match[3]) - 1}.processor.{match[4]}_lora"
             state |= {f"{stem}.{m}.weight": x for m, x in zip(("down", "up"), pair, strict=True)}
     return state
+
+
+def domain_adapter(layers) -> dict:
+    """As the original repository's v3_sd15_adapter.ckpt: a LoRA of the image attentions, wrapped, no alpha."""
+    spatial = {key: pair for key, pair in layers.items() if re.search(r"\battentions\..*attn[12]\.to_", key[1])}
+    return {"state_dict": {key.removeprefix("unet."): x for key, x in old_diffusers(spatial).items()}, "animatediff_config": ""}

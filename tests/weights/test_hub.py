@@ -1,12 +1,16 @@
-"""Loading from ModelScope: a small server on the loopback that speaks the calls used."""
+"""Loading from hubs: small servers on the loopback that speak the calls used."""
 
 import sys
 
 import pytest
 
 from anidiff_jax.errors import UserError
+from anidiff_jax.weights.base import load_tokenizer
 from anidiff_jax.weights.hub import resolve, wanted
+from anidiff_jax.weights.sources import CLIP_TOKENIZER, base_source, tokenizer_of
+from tests import reference
 from tests.hubs import TOKEN
+from tests.weights import foreign
 
 
 @pytest.fixture
@@ -63,6 +67,43 @@ def test_not_told_which_hub_both_are_asked_in_turn(modelscope, hub):
     assert sorted(first.fetched) == wanted(files)  # once
     with pytest.raises(UserError, match=r"no hub gave it \(hf: .*; modelscope: .*\)"):
         resolve("me/none")
+
+
+@pytest.mark.parametrize("name", ["hf", "modelscope"])
+def test_one_file_of_a_repository(hub, name):
+    """As the original motion modules and most LoRAs lie on hubs: several of them in a repository."""
+    server = hub(name)
+    server.repos["me/many", "main" if name == "hf" else "master"] = {"v2/mm.safetensors": b"one", "mm3.ckpt": b"two", "big.ckpt": b"!"}
+    for file, content in (("v2/mm.safetensors", b"one"), ("mm3.ckpt", b"two")):
+        assert resolve(f"me/many/{file}", hub=name).read_bytes() == content
+    assert server.fetched == ["v2/mm.safetensors", "mm3.ckpt"]
+    with pytest.raises(UserError, match=r"^me/many/mm4.ckpt is not a local"):
+        resolve("me/many/mm4.ckpt", hub=name)
+    for given in ("me/many/more", "me/../many/mm.ckpt"):
+        with pytest.raises(UserError, match="not a hub id"):
+            resolve(given, hub=name)
+
+
+def test_a_single_file_takes_its_tokenizer_from_the_hub(hub, tmp_path):
+    server, made = hub("hf"), reference.tokenizer(tmp_path / "made")
+    made.save_pretrained(tmp_path / "clip")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "clip").iterdir()}
+    server.repos[CLIP_TOKENIZER, "main"] = {**files, "model.safetensors": b"not wanted"}
+    path = foreign.save(foreign.single_file(foreign.sd_parts()), tmp_path / "base.safetensors")
+    tokenizer = load_tokenizer(tokenizer_of(base_source(path)))
+    assert tokenizer("a red circle")["input_ids"] == made("a red circle")["input_ids"]
+    assert "model.safetensors" not in server.fetched
+    del server.repos[CLIP_TOKENIZER, "main"]
+    assert load_tokenizer(tokenizer_of(base_source(path))).vocab_size == made.vocab_size  # from the earlier download
+
+
+def test_a_broken_off_download_is_gone_on_with(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1024)  # else less than 10 MB begins anew
+    server, data = hub("hf"), bytes(range(256)) * 400
+    server.repos["me/one", "main"] = {"mm.safetensors": data}
+    server.cut = len(data) // 2
+    assert resolve("me/one/mm.safetensors", hub="hf").read_bytes() == data
+    assert server.ranges == ["", f"bytes={len(data) // 2}-"]
 
 
 def test_what_the_hub_refuses_is_one_line_without_the_token(modelscope, monkeypatch):

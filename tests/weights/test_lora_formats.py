@@ -15,6 +15,7 @@ from anidiff_jax.weights import kinds
 from anidiff_jax.weights.base import load_model
 from anidiff_jax.weights.kinds import recognise
 from anidiff_jax.weights.loras import load_lora
+from anidiff_jax.weights.sources import motion_source
 from anidiff_jax.weights.tree import flatten
 from tests import reference
 from tests.weights import foreign
@@ -82,6 +83,19 @@ def test_original_motion_loras(model, layers, tmp_path):
     assert (found.kind, found.naming, found.version) == (kinds.LORA, "original", "motion LoRA")
     expected = {key: pair for key, pair in layers.items() if "motion_modules" in key[1] and "attn" in key[1]}
     check(load_lora(path, model.layers()), expected, 1.0)
+
+
+def test_the_domain_adapter_of_v3_adapts_the_image_network(model, layers, tmp_path):
+    state = foreign.domain_adapter(layers)
+    path = foreign.save(state, tmp_path / "v3_sd15_adapter.ckpt")
+    found = recognise(path)
+    assert (found.kind, found.naming, found.version) == (kinds.LORA, "original", "domain adapter")
+    assert "adapts image layers" in found.notes
+    adapted = {key: pair for key, pair in layers.items() if ".attentions." in key[1] and ".attn" in key[1]}
+    assert 2 * len(adapted) == len(state["state_dict"])
+    check(load_lora(path, model.layers()), adapted, 1.0)
+    with pytest.raises(UserError, match="give it as --lora"):
+        motion_source(path)
 
 
 def test_applied_and_merged_they_equal_pytorch(networks, model, layers, tmp_path):

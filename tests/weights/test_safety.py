@@ -70,6 +70,22 @@ def test_a_zip_bomb(tmp_path):
     refused(tmp_path / "x.ckpt", "compressed")
 
 
+def test_archives_unpack_nothing(tmp_path):
+    """An entry that would land elsewhere is refused, and one that is a link makes none."""
+    link = zipfile.ZipInfo("x/link")
+    link.external_attr = 0o120777 << 16
+    for entry in ("../../escaped", link):
+        torch.save({"a": torch.ones(2)}, tmp_path / "x.ckpt")
+        with zipfile.ZipFile(tmp_path / "x.ckpt", "a") as archive:
+            archive.writestr(entry, b"/etc/passwd")
+        there = set(tmp_path.parent.rglob("*"))
+        if entry is link:
+            np.testing.assert_array_equal(tensors_of(tmp_path / "x.ckpt")["a"].read(), [1, 1])
+        else:
+            refused(tmp_path / "x.ckpt", "escaped")
+        assert set(tmp_path.parent.rglob("*")) == there
+
+
 def test_shards_stay_in_their_folder(tmp_path):
     (tmp_path / "secret.safetensors").write_bytes(save({"a": np.ones(2, np.float32)}))
     folder = tmp_path / "unet"
