@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.progress import track
 from safetensors.numpy import save, save_file
 
+from anidiff_jax.bars import track
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.data.cache import NO_TEXT, SHARD, LatentCache, shard_name, shards_of
 from anidiff_jax.data.decode import BadVideo, read_whole
@@ -84,7 +84,7 @@ def _claim(folder: Path, wanted: dict[str, Any]) -> None:
 def _write(folder: Path, rows: list[int], encoded: Iterable[dict[str, np.ndarray]]) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    videos = iter(track(encoded, "encoding", len(rows), disable=not is_main()))
+    videos = iter(track(encoded, "encoding", len(rows), is_main()))
     for i in sorted({row // SHARD for row in rows}):
         aside = folder / f".{shard_name(i)}.part{jax.process_index()}"
         writer = ArrayRecordWriter(str(aside), "group_size:1")

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from anidiff_jax.bars import track
 from anidiff_jax.errors import UserError
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -40,7 +41,7 @@ class Tensor:
 
     def cast(self, dtype: str) -> "Tensor":
         """The same in another type."""
-        return self if dtype == self.dtype else Tensor(self.shape, dtype, lambda: self.read().astype(_numpy_type(dtype)))
+        return self if dtype == self.dtype else Tensor(self.shape, dtype, lambda: self.read().astype(numpy_type(dtype)))
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -138,20 +139,20 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     """Writes a .safetensors file, one tensor in memory at a time; it has its name when it is whole."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
-    order = sorted(tensors, key=lambda key: (-_numpy_type(tensors[key].dtype).itemsize, key))  # as safetensors aligns them
+    order = sorted(tensors, key=lambda key: (-numpy_type(tensors[key].dtype).itemsize, key))  # as safetensors aligns them
     for key in order:
         tensor = tensors[key]
-        start, end = end, end + int(np.prod(tensor.shape, dtype=np.int64)) * _numpy_type(tensor.dtype).itemsize
+        start, end = end, end + int(np.prod(tensor.shape, dtype=np.int64)) * numpy_type(tensor.dtype).itemsize
         header[key] = {"dtype": _THEIRS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     aside = path.with_name(f".{path.name}.part")
     with aside.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for key in order:
-            file.write(np.ascontiguousarray(tensors[key].read().astype(_numpy_type(tensors[key].dtype), copy=False)).view(np.uint8).data)
+        for key in track(order, path.name, shown=end > 2**28):
+            file.write(np.ascontiguousarray(tensors[key].read().astype(numpy_type(tensors[key].dtype), copy=False)).view(np.uint8).data)
     os.replace(aside, path)
 
 
-def _numpy_type(name: str) -> np.dtype:
+def numpy_type(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)

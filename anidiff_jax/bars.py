@@ -1,0 +1,14 @@
+"""Progress bars, on stderr: stdout is for results."""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import rich.progress
+from rich.console import Console
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], what: str, total: int | None = None, shown: bool = True) -> Iterable[T]:
+    """The items, and a bar that says how far they are; `total` where their number is not known from themselves."""
+    return rich.progress.track(items, what, total, console=Console(stderr=True), disable=not shown)
