@@ -196,6 +196,8 @@ class TrainConfig(_Shared):
         "none", "weight of a clip's loss by its noise; inverse_snr looks at high noise, where motion is decided"
     )
     snr_gamma: float | None = arg(None, "min-SNR weighting with this γ (5 is usual) instead; none = off")
+    min_timestep: int = arg(0, "steps of noise are drawn from this one: from 600, say, where motion is decided, it is learnt faster")
+    max_timestep: int | None = arg(None, "and up to this one, which is not drawn itself; none = num_train_timesteps")
     noise_offset: float = arg(0.0, "deviation of a shift of all noise of a frame's channel, so that very dark and bright clips are learnt")
     ema_decay: float = arg(0.0, "moving average of what trains (0.999, say), which samples, validation and exports then use; 0 = none")
     gradient_checkpointing: bool = arg(False, "recompute each layer in the backward pass: less memory, about a third more time")
@@ -233,6 +235,11 @@ class TrainConfig(_Shared):
         if self.snr_gamma is not None and (self.snr_gamma <= 0 or self.loss_weighting != "none"):
             raise UserError(
                 f"snr_gamma {self.snr_gamma} must be above 0, and goes without loss_weighting: both weigh the loss by its noise"
+            )
+        if not 0 <= self.min_timestep < (self.max_timestep or self.num_train_timesteps) <= self.num_train_timesteps:
+            raise UserError(
+                f"min_timestep {self.min_timestep} and max_timestep {self.max_timestep} must satisfy "
+                f"0 <= min_timestep < max_timestep <= num_train_timesteps, which is {self.num_train_timesteps}"
             )
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay {self.ema_decay} must be at least 0 and less than 1")

@@ -37,7 +37,7 @@ TRAINING = {
     "training/test_setup.py::test_adapters_are_of_the_rank_and_drawn_by_the_seed": "lora_rank trainable_modules sft_type seed",
     "training/test_setup.py::test_the_task": (
         "num_train_timesteps beta_start beta_end beta_schedule steps_offset clip_sample seed lora_alpha lora_dtype loss_weighting "
-        "snr_gamma noise_offset ema_decay"
+        "snr_gamma noise_offset ema_decay min_timestep max_timestep"
     ),
     "training/test_setup.py::test_rows": "csv_path video_folder dataset_sample_size validation_csv validation_fraction seed",
     "training/test_setup.py::test_where_clips_come_from": "latent_cache",
@@ -58,7 +58,7 @@ TRAINING = {
     "training/test_step.py::test_offset_noise": "noise_offset",
     "training/test_step.py::test_the_moving_average": "ema_decay",
     "training/test_step.py::test_noise_follows_from_the_seed": "seed",
-    "training/test_step.py::test_timesteps_are_drawn_from_all_that_there_are": "num_train_timesteps",
+    "training/test_step.py::test_timesteps_are_drawn_from_all_that_there_are": "num_train_timesteps min_timestep max_timestep",
     "training/test_parity.py::test_three_updates_equal_pytorch": "sft_type lora_alpha learning_rate lr_scheduler_type",
     "training/test_samples.py::test_the_arguments_of_validation_videos": (
         "num_inference_steps guidance_scale sample_size sample_n_frames seed"
@@ -116,7 +116,7 @@ def test_every_argument_has_a_test(kind, table):
 def another_value(f):
     """A value that the argument may have and that is not its default."""
     chosen = {
-        "beta_end": 0.5, "sample_size": "16x24", "hub_model_id": "owner/name",
+        "beta_end": 0.5, "sample_size": "16x24", "min_timestep": 1, "hub_model_id": "owner/name",
         "validation_fraction": 0.0, "loss_weighting": "none",  # they exclude validation_csv and snr_gamma
     }  # fmt: skip
     kinds = {"int": 3, "float": 0.25, "bool": not f.default, "str": "a text"}

@@ -262,6 +262,7 @@ MISTAKES = {
     "no videos": (["--video_folder", "none"], "video_folder none is not a folder"),
     "hub": (["--push_to_hub", "true"], "push_to_hub needs --hub_model_id owner/name"),
     "two weightings": (["--snr_gamma", "5", "--loss_weighting", "inverse_snr"], "goes without loss_weighting"),
+    "no timesteps": (["--min_timestep", "600", "--max_timestep", "600"], "must satisfy"),
     "two validations": (["--validation_fraction", "0.1", "--validation_csv", "a.csv"], "give one"),
     "half a cluster": (["--num_processes", "2"], "coordinator_address, num_processes and process_id go together"),
     "nothing to go on with": (["--resume_from_checkpoint", "latest"], "has a checkpoint; leave the argument out"),

@@ -24,6 +24,7 @@ import numpy as np
 from anidiff_jax.config import EMBEDDED_PROMPTS
 from anidiff_jax.shapes.clips import write_clips
 from anidiff_jax.shapes.demo import flags
+from anidiff_jax.shapes.render import FRONTS, PLACED
 from anidiff_jax.shapes.tiny_model import (
     HEADS,
     MAX_FRAMES,
@@ -41,9 +42,13 @@ from anidiff_jax.weights.store import STEMS
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent.parent
-SEED = 7  # of the clips, the text encoder and the VAE
-CLIPS = 3000
-TEXT_UPDATES, WIDE_TEXT_UPDATES = 1500, 1000
+SEED = 7  # of the text encoder and the VAE
+CLIPS: dict[str, dict] = {  # folder → what is rendered into it
+    "clips": {"count": 3000, "seed": 7},
+    "stills": {"count": 5000, "seed": 9, "motion": PLACED, "frames": 2},
+    "fronts": {"count": 2500, "seed": 8, "things": tuple(FRONTS)},
+}
+TEXT_UPDATES, WIDE_TEXT_UPDATES = 1500, 1500
 VAE_UPDATES = 1300
 DEVICES = 2  # that a CPU is split into: each works on half of a batch, which keeps two cores busier than one device does
 IMAGE_BATCH, MOTION_BATCH = 32, 8  # clips an update
@@ -142,10 +147,13 @@ def make_vae(out: Path) -> dict:
     return {"updates": VAE_UPDATES, "PSNR in dB": round(psnr, 2)}
 
 
-def train(base: Path, clips: Path, batch: int, settings: dict, out: Path) -> dict:
-    """One run of train.py; its last checkpoint becomes `out`/checkpoint."""
-    data = {"csv_path": clips / "clips.csv", "video_folder": clips, "latent_cache": clips.with_name("latents")}
-    arguments = {"model_id_or_path": base, **data, "output_dir": out / "run", "batch_size": batch // DEVICES, **COMMON, **settings}
+def train(base: Path, work: Path, batch: int, settings: dict, out: Path) -> dict:
+    """One run of train.py on the clips that the settings name; its last checkpoint becomes `out`/checkpoint."""
+    name = settings.get("clips", "clips")
+    clips = stage(work / name, lambda out: {**CLIPS[name], "csv": write_clips(out, **CLIPS[name]).name})
+    data = {"csv_path": clips / "clips.csv", "video_folder": clips, "latent_cache": work / f"{name}-latents"}
+    arguments = {"clips": name, "model_id_or_path": base, **data, "output_dir": out / "run", "batch_size": batch // DEVICES, **COMMON, **settings}
+    del arguments["clips"]
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
     words = [sys.executable, "train.py", *map(str, flags(arguments))]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True, env=environment)
@@ -163,7 +171,6 @@ def main() -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     work = args.work.resolve()
 
-    clips = stage(work / "clips", lambda out: {"clips": CLIPS, "csv": write_clips(out, CLIPS, SEED).name})
     adapter: Path | None = None
     if args.start:
         text, vae, unet, adapter = (args.start / name for name in ("text_encoder", "vae", "unet", "motion_adapter"))
@@ -175,11 +182,11 @@ def main() -> None:
     scheduler = read_json(args.start / "scheduler" / "scheduler_config.json") if args.start else SCHEDULER
     base = stage(work / "base-0", partial(write_base, text_encoder=text, vae=vae, unet=unet, scheduler=scheduler))
     for i, settings in enumerate(IMAGE_ROUNDS):
-        unet = stage(work / f"image-{i}", partial(train, base, clips, IMAGE_BATCH, {**IMAGE, **settings})) / "checkpoint"
+        unet = stage(work / f"image-{i}", partial(train, base, work, IMAGE_BATCH, {**IMAGE, **settings})) / "checkpoint"
         base = stage(work / f"base-{i + 1}", partial(write_base, text_encoder=text, vae=vae, unet=unet, scheduler=scheduler))
     for i, settings in enumerate(MOTION_ROUNDS):
         going_on = {"motion_adapter_id_or_path": adapter} if adapter else {}
-        adapter = stage(work / f"motion-{i}", partial(train, base, clips, MOTION_BATCH, {**MOTION, **settings, **going_on})) / "checkpoint"
+        adapter = stage(work / f"motion-{i}", partial(train, base, work, MOTION_BATCH, {**MOTION, **settings, **going_on})) / "checkpoint"
     if adapter:
         pack(args.output, base, adapter)
     print(args.output)

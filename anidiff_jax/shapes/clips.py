@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anidiff_jax.shapes.render import HELD_OUT_MOTIONS, MOTIONS, THINGS, Scene, held_out, random_scene, render
+from anidiff_jax.shapes.render import HELD_OUT_MOTIONS, MOTIONS, PLACED, THINGS, Scene, held_out, random_scene, render
 from anidiff_jax.video import save_mp4
 
 SIDE, FRAMES, FPS = 64, 24, 8
@@ -27,13 +27,15 @@ def scenes(seed: int, motion: str = "own", unseen: bool = False, things: Collect
             yield scene, scene.caption(int(rng.integers(1 << 30)))
 
 
-def write_clips(folder: Path, count: int, seed: int = 0, motion: str = "own", things: Collection[str] = tuple(THINGS)) -> Path:
+def write_clips(
+    folder: Path, count: int, seed: int = 0, motion: str = "own", things: Collection[str] = tuple(THINGS), frames: int = FRAMES
+) -> Path:
     """Renders `count` clips into `folder`, and a csv, whose path it returns. The same seed gives the same clips."""
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [next_scene for _, next_scene in zip(range(count), scenes(seed, motion, things=things), strict=False)]
     names = [f"{i:05d}-{scene.color}-{scene.thing}.mp4" for i, (scene, _) in enumerate(chosen)]
     with ThreadPoolExecutor(2) as pool:  # ffmpeg works in a process of its own
-        list(pool.map(lambda name, item: save_mp4(render(item[0], FRAMES, SIDE), folder / name, FPS), names, chosen))
+        list(pool.map(lambda name, item: save_mp4(render(item[0], frames, SIDE), folder / name, FPS), names, chosen))
     path = folder / "clips.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -48,8 +50,12 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=50, help="number of clips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--motion", choices=["own", *MOTIONS, *HELD_OUT_MOTIONS], default="own", help="of all clips; own = as the shipped adapter learnt it"
+        "--motion",
+        choices=["own", *MOTIONS, *HELD_OUT_MOTIONS, PLACED],
+        default="own",
+        help="of all clips; own = as the shipped adapter learnt it",
     )
     parser.add_argument("--things", nargs="+", choices=list(THINGS), default=list(THINGS), help="what they show")
+    parser.add_argument("--frames", type=int, default=FRAMES, help="of each clip")
     args = parser.parse_args()
-    print(write_clips(args.output, args.count, args.seed, args.motion, args.things))
+    print(write_clips(args.output, args.count, args.seed, args.motion, args.things, args.frames))

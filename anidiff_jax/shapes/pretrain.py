@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import optax
 from anidiff_jax.models.clip import CLIPTextModel
 from anidiff_jax.models.init import draw, shapes
 from anidiff_jax.models.vae import AutoencoderKL, Posterior
-from anidiff_jax.shapes.render import BACKGROUNDS, COLORS, DIRECTIONS, HELD_OUT_MOTIONS, THINGS, VERBS, Scene, random_scene, render
+from anidiff_jax.shapes.render import BACKGROUNDS, COLORS, DIRECTIONS, HELD_OUT_MOTIONS, PLACED, THINGS, VERBS, Scene, random_scene, render
 from anidiff_jax.shapes.tiny_model import WORDS
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 KL_WEIGHT = 1e-4  # of the posterior's divergence from the unit Gaussian, a latent value
 NARROWER = 20  # times, the posterior's deviation once the autoencoder is trained
 FRAMES_A_SCENE = 4
+PLACE = 0.7  # length of the vector that a place adds to the text states, in their deviations
 _NAMES = " ".join([*COLORS, *THINGS, *BACKGROUNDS, *DIRECTIONS, *VERBS.values()]).split()
 OTHER_WORDS = [word for word in WORDS if word not in _NAMES]
 
@@ -129,32 +131,40 @@ def train_text_encoder(encoder: CLIPTextModel, tokenize, updates: int, seed: int
 
 
 def widen_text_encoder(encoder: CLIPTextModel, teacher: dict[str, Any], tokenize, updates: int, seed: int, batch: int = 32):
-    """(parameters, error): the same encoder made to read captions in words and orders that no wording of the training has.
+    """(parameters, errors): the same encoder made to read other words and orders than the training's wordings have, and places.
 
     A caption as it is trained on keeps its states; a loose one (`loose`) gets at its padding, which is most of what the image model
-    looks at, the states that a caption of the same scene has there. error: what is left of the difference that loose captions
-    made, as a share of the states' variance.
+    looks at, the states that a caption of the same scene has there. Where a caption says a place, a vector is added to them: one for
+    left and right, one for up and down. errors: what is left of the differences, as shares of the states' variance.
     """
     rng = np.random.default_rng(seed)
     optimizer = optax.adamw(_rise_and_fall(2e-3, updates), weight_decay=0.0)
+    vectors = PLACE * rng.standard_normal((2, encoder.config.hidden_size)).astype(np.float32)
 
     def examples(count: int):
-        scenes = [random_scene(rng) for _ in range(count)]
-        captions = [scene.caption(int(rng.integers(1 << 30))) for scene in scenes]
+        scenes = [random_scene(rng, str(rng.choice(["own", PLACED]))) for _ in range(count)]
+        wordings = [int(rng.integers(1 << 30)) for _ in scenes]
+        captions = [replace(scene, told=False).caption(wording) for scene, wording in zip(scenes, wordings, strict=True)]
         captions[0] = ""  # what guidance steers away from stays too
-        return tokenize(captions), tokenize([captions[0], *(loose(scene, rng) for scene in scenes[1:])])
+        said = [
+            scene.caption(wording) if rng.random() < 0.5 else loose(scene, rng) for scene, wording in zip(scenes, wordings, strict=True)
+        ]
+        places = np.array([scene.place if scene.told else (0, 0) for scene in scenes[1:]], np.float32)
+        return tokenize(captions), tokenize(said), np.concatenate([np.zeros((1, 2), np.float32), places]) @ vectors
 
-    def differences(params, plain, wide):
+    def differences(params, plain, wide, places):
         states = lambda params, ids: encoder.apply({"params": params}, ids)
         wanted: Any = states(teacher, plain)
         end = plain[:, -1:]
         padding = ((plain == end) & (wide == end))[..., None]
-        kept, widened = states(params, plain) - wanted, (states(params, wide) - wanted) * padding
-        return jnp.square(kept).mean() / wanted.var(), jnp.square(widened).mean() / padding.mean() / wanted.var()
+        variance = wanted.var()
+        moved = wanted + jnp.sqrt(variance) * places[:, None]
+        kept, widened = states(params, plain) - wanted, (states(params, wide) - moved) * padding
+        return jnp.square(kept).mean() / variance, jnp.square(widened).mean() / padding.mean() / variance
 
     @jax.jit
-    def update(params, state, plain, wide):
-        value, gradient = jax.value_and_grad(lambda p: sum(differences(p, plain, wide)))(params)
+    def update(params, state, *examples):
+        value, gradient = jax.value_and_grad(lambda p: sum(differences(p, *examples)))(params)
         change, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, change), state, value
 
@@ -173,7 +183,8 @@ def loose(scene: Scene, rng: np.random.Generator) -> str:
         for _ in range(rng.integers(5))
     ]
     first, second = rng.permutation([subject, ground])
-    return " ".join([*strewn(), str(first), *strewn(), str(second), *strewn()])
+    place = [scene.caption(0, ("",)).strip()]  # "left:", or nothing
+    return " ".join([*place, *strewn(), str(first), *strewn(), str(second), *strewn()]).strip()
 
 
 def _rise_and_fall(peak: float, updates: int) -> optax.Schedule:

@@ -1,7 +1,8 @@
 """Draws one thing moving over a background, anti-aliased. A scene says all of it: what is drawn, how it moves, how it is captioned.
 
 Motion modules see no text, so a caption can only steer a motion that shows in a still: some things have a front (an arrow, a fish,
-a car) and move where it points. How the others move no caption says; it is drawn at random, and is what a LoRA can change.
+a car) and move where it points. An image model that knows words for places has, besides, what motion modules need to move a thing:
+features that put it further left or up. How the others move no caption says; it is drawn at random, and is what a LoRA can change.
 """
 
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ BACKGROUNDS = {  # colours of the top and of the bottom row
 }
 DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "down": (0.0, 1.0), "up": (0.0, -1.0)}
 MOTIONS = ("still", "straight", "growing", "shrinking")  # of things without a front, in the shipped adapter
+PLACED = "placed"  # a still picture, the thing anywhere, and half of the captions say where
 HELD_OUT_MOTIONS = (*DIRECTIONS, "zoom in", "bouncing", "circling")  # for fine-tuning: everything moves so
 OVERSAMPLING = 4  # samples a pixel and axis
 
@@ -73,12 +75,20 @@ class Scene:
     bounce: float = 0.0  # height of a ball's jumps, one in BEAT frames
     circle: float = 0.0  # radius of a circle run through once in BEAT frames
     phase: float = 0.0  # of the jumps or the circle, in turns
+    told: bool = False  # the caption says where it is
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(-1 left, 0, 1 right; -1 up, 0, 1 down): in which third of the picture it is."""
+        return int(self.x > 0.6) - int(self.x < 0.4), int(self.y > 0.6) - int(self.y < 0.4)
 
     def caption(self, wording: int = 0, words: tuple[str, ...] = ()) -> str:
-        """What a still of it shows, in one of WORDINGS (or of `words`), never more."""
+        """What a still of it shows, in one of WORDINGS (or of `words`), never more; "up left: " in front where that is told."""
         pointing = f" {VERBS[self.thing]} {self.front}" if self.front else ""
         wordings = words or WORDINGS
-        return wordings[wording % len(wordings)].format(
+        across, along = self.place
+        where = " ".join(word for word in (("", "down", "up")[along], ("", "right", "left")[across]) if word and self.told)
+        return (f"{where}: " if where else "") + wordings[wording % len(wordings)].format(
             a="an" if self.color[0] in "aeiou" else "a",
             color=self.color,
             thing=self.thing,
@@ -142,7 +152,7 @@ def ground(background: str, row):
 
 
 def random_scene(rng: np.random.Generator, motion: str = "own") -> Scene:
-    """A scene drawn by `rng`. Motion "own": along the front, or one of MOTIONS; else one of MOTIONS or of HELD_OUT_MOTIONS."""
+    """A scene drawn by `rng`. Motion "own": along the front, or one of MOTIONS; else one of MOTIONS or of HELD_OUT_MOTIONS, or PLACED."""
     pick = lambda options: str(rng.choice(list(options)))
     thing = pick(THINGS)
     scene = Scene(
@@ -154,6 +164,9 @@ def random_scene(rng: np.random.Generator, motion: str = "own") -> Scene:
         y=rng.uniform(0.42, 0.58),
         size=rng.uniform(0.2, 0.28),
     )
+    if motion == PLACED:
+        x, y = rng.uniform(0.14, 0.86, 2)
+        return replace(scene, x=x, y=y, size=float(np.exp(rng.uniform(*np.log((0.13, 0.34))))), told=bool(rng.random() < 0.7))
     speed, growth = rng.uniform(0.018, 0.03), rng.uniform(0.03, 0.055)
     if motion == "own":
         motion = scene.front or str(rng.choice(MOTIONS, p=(0.04, 0.6, 0.18, 0.18)))

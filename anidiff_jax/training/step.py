@@ -25,7 +25,8 @@ class Task:
     """What is computed, apart from weights and data.
 
     lora_scale: None when the UNet's own parameters train. lora_dtype: adapters are rounded to it before they are used.
-    loss_weighting, snr_gamma: see `schedule.loss_weight`. noise_offset: deviation of a shift of each frame's and channel's noise.
+    loss_weighting, snr_gamma: see `schedule.loss_weight`. timesteps: the first that is drawn, and the one after the last;
+    None: all. noise_offset: deviation of a shift of each frame's and channel's noise.
     ema_decay: of the moving average of what trains; 0 keeps none.
     """
 
@@ -36,6 +37,7 @@ class Task:
     lora_dtype: str = "float32"
     loss_weighting: str = "none"
     snr_gamma: float | None = None
+    timesteps: tuple[int, int] | None = None
     noise_offset: float = 0.0
     ema_decay: float = 0.0
 
@@ -78,7 +80,7 @@ def denoising_loss(trained, frozen, task: Task, latents, text, keys):
 
     def question(clip, key):
         for_step, for_noise, for_dropout = jax.random.split(key, 3)
-        timestep = jax.random.randint(for_step, (), 0, task.schedule.num_train_timesteps)
+        timestep = jax.random.randint(for_step, (), *(task.timesteps or (0, task.schedule.num_train_timesteps)))
         noise = jax.random.normal(for_noise, clip.shape)
         if task.noise_offset:
             shift = jax.random.normal(jax.random.fold_in(for_noise, 1), (clip.shape[0], 1, 1, clip.shape[-1]))  # f 1 1 c

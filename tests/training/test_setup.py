@@ -190,6 +190,8 @@ def test_the_task(lora, full, model):
     assert (task.noise_offset, task.ema_decay, task.seed, task.loss_weighting, task.snr_gamma) == (0.1, 0.9, 3, "inverse_snr", None)
     assert (task.lora_scale, task.lora_dtype) == (1.5, "bfloat16")
     assert setup.task(lora("--snr_gamma", "5"), model).snr_gamma == 5
+    assert task.timesteps == (0, 500)
+    assert setup.task(lora("--min_timestep", "600", "--max_timestep", "900"), model).timesteps == (600, 900)
     assert setup.task(full(), model).lora_scale is None
 
 

@@ -240,6 +240,8 @@ def test_timesteps_are_drawn_from_all_that_there_are():
     latents, text = np.zeros((64, 1, 1, 1, 4), np.float32), np.zeros((64, 1, 1), np.float32)
     denoising_loss(trained, frozen, task, latents, text, jax.random.split(jax.random.key(0), 64))
     assert set(np.asarray(shown[0]).tolist()) == {0, 1, 2}
+    denoising_loss(trained, frozen, replace(task, timesteps=(1, 3)), latents, text, jax.random.split(jax.random.key(0), 64))
+    assert set(np.asarray(shown[1]).tolist()) == {1, 2}
 
 
 class Recorder:
