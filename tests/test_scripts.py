@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import MotionAdapter, UNet2DConditionModel
-from PIL import Image
+from PIL import Image, ImageSequence
 from safetensors.numpy import load_file
 
 from anidiff_jax.shapes.clips import write_clips
+from anidiff_jax.weights.sources import CLIP_TOKENIZER
+from tests import reference
+from tests.weights import foreign
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ["--sample_size=16", "--sample_n_frames=4", "--sample_stride=1", "--num_inference_steps=2", "--max_steps=2"]
@@ -52,6 +55,32 @@ def prompts(tmp_path):
 
 def data(clips):
     return ["--csv_path", clips / "clips.csv", "--video_folder", clips]
+
+
+def test_three_files_make_a_video(script, hub, tmp_path):
+    """What people own: a base in one file, original motion modules, a kohya LoRA. They make what the same makes in diffusers' forms."""
+    parts = foreign.sd_parts()
+    sd = foreign.write_sd_folder(tmp_path, parts)
+    motion = reference.adapter(block_out_channels=(32, 64), motion_num_attention_heads=8, motion_max_seq_length=32)
+    motion.save_pretrained(tmp_path / "adapter")
+    layers = foreign.lora_layers(parts[0], parts[2])
+    base = foreign.save(foreign.single_file(parts), tmp_path / "base.safetensors")
+    mm = foreign.save({"state_dict": foreign.original_motion(motion)}, tmp_path / "mm.ckpt")
+    style = foreign.save(foreign.kohya(layers, 3.0), tmp_path / "style.safetensors")
+    foreign.save(foreign.peft_names(layers), tmp_path / "pytorch_lora_weights.safetensors")
+    hub("hf").repos[CLIP_TOKENIZER, "main"] = {path.name: path.read_bytes() for path in (sd / "tokenizer").iterdir()}
+
+    videos = []
+    for model, adapter, lora in ((base, mm, style), (sd, tmp_path / "adapter", tmp_path / "pytorch_lora_weights.safetensors")):
+        files = ["--model_id_or_path", model, "--motion_adapter_id_or_path", adapter, "--lora", f"{lora}:0.7"]
+        code, printed, err = script("sample.py", *files, *SAMPLE, "--prompt", "a red circle", "--output_path", tmp_path / "out")
+        assert code == 0, err
+        videos.append(Path(printed[-1]))
+        assert Image.open(videos[-1]).n_frames == 4
+        assert ("trained with other norms" in err) == (adapter == mm)
+    one, other = ([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(Image.open(path))] for path in videos)
+    assert np.array_equal(one, other)
+    assert np.std(one) > 0
 
 
 def test_the_four_commands(script, base, adapter, clips, tmp_path):

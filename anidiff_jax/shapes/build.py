@@ -151,11 +151,11 @@ def train(base: Path, work: Path, batch: int, settings: dict, out: Path) -> dict
     """One run of train.py on the clips that the settings name; its last checkpoint becomes `out`/checkpoint."""
     name = settings.get("clips", "clips")
     clips = stage(work / name, lambda out: {**CLIPS[name], "csv": write_clips(out, **CLIPS[name]).name})
+    given = {key: value for key, value in settings.items() if key != "clips"}
     data = {"csv_path": clips / "clips.csv", "video_folder": clips, "latent_cache": work / f"{name}-latents"}
-    arguments = {"clips": name, "model_id_or_path": base, **data, "output_dir": out / "run", "batch_size": batch // DEVICES, **COMMON, **settings}
-    del arguments["clips"]
+    run = {"model_id_or_path": base, "output_dir": out / "run", "batch_size": batch // DEVICES}
     environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
-    words = [sys.executable, "train.py", *map(str, flags(arguments))]
+    words = [sys.executable, "train.py", *map(str, flags({**run, **data, **COMMON, **given}))]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True, env=environment)
     Path(done.stdout.splitlines()[-1]).rename(out / "checkpoint")
     return {name: str(value) for name, value in settings.items()}
