@@ -22,6 +22,7 @@ from anidiff_jax.training.setup import lora_dtype
 from anidiff_jax.training.state import TrainState
 from anidiff_jax.weights import files
 from anidiff_jax.weights.base import Model
+from anidiff_jax.weights.hub import public_name
 from anidiff_jax.weights.loras import CONFIG as LORA_CONFIG
 from anidiff_jax.weights.loras import save_lora
 from anidiff_jax.weights.merge import WEIGHTS
@@ -92,7 +93,7 @@ def write_checkpoint(folder: Path, state: TrainState, frozen_unet: Tree, model: 
     """
     import orbax.checkpoint as ocp
 
-    header = {"trained_by": "anidiff-jax", "base_model": str(config.model_id_or_path or "embedded"), "step": str(int(state.step)),
+    header = {"trained_by": "anidiff-jax", "base_model": public_name(config.model_id_or_path) or "embedded", "step": str(int(state.step)),
               "motion_norm": config.motion_norm, "spatial_norm": config.spatial_norm}  # fmt: skip
     with files.written_whole(folder) as out:
         with _orbax() as checkpointer:

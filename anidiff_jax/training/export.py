@@ -8,7 +8,7 @@ from anidiff_jax.errors import UserError
 from anidiff_jax.training.checkpoint import kind_of
 from anidiff_jax.weights import files
 from anidiff_jax.weights.base import EMBEDDED
-from anidiff_jax.weights.hub import resolve
+from anidiff_jax.weights.hub import public_name, resolve
 from anidiff_jax.weights.loras import adapts
 from anidiff_jax.weights.merge import merged_adapter, write_adapter, write_original
 from anidiff_jax.weights.sources import base_source
@@ -82,5 +82,5 @@ def _motion_modules(checkpoint: Path, config: TrainConfig) -> list[Path]:
 
 def _header(checkpoint: Path, config: TrainConfig) -> dict[str, str]:
     norms = {"motion_norm": config.motion_norm, "spatial_norm": config.spatial_norm}
-    base = Path(config.model_id_or_path or "embedded").name
+    base = public_name(config.model_id_or_path) or "embedded"
     return {"trained_by": "anidiff-jax", "base_model": base, "checkpoint": checkpoint.name, **norms}

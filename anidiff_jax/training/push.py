@@ -6,7 +6,7 @@ from pathlib import Path
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.training.runs import best_of
-from anidiff_jax.weights.hub import in_a_line, token_of, upload
+from anidiff_jax.weights.hub import in_a_line, public_name, token_of, upload
 
 log = logging.getLogger(__name__)
 
@@ -66,21 +66,20 @@ def card(config: TrainConfig, checkpoint: Path, clips: int, sample: bool) -> str
     """The model card of a checkpoint. Of paths on this machine it says the last name only."""
     from huggingface_hub import ModelCardData
 
-    source = lambda place: None if place is None else Path(place).name if Path(place).exists() else place
-    base = source(config.model_id_or_path)
+    base = public_name(config.model_id_or_path)
     on_hub = base if base == config.model_id_or_path else None
     tags = ["animatediff", "text-to-video", *(["lora"] if config.sft_type == "lora" else [])]
     given = {name: value for name, value in config.to_json().items() if name in config.given and name not in PRIVATE}
-    given |= {name: source(given[name]) for name in MODELS if name in given}
+    given |= {name: public_name(given[name]) for name in MODELS if name in given}
     if "lora" in given:
-        given["lora"] = [f"{source(path)}:{scale:g}" for path, scale in config.loras()]
+        given["lora"] = [f"{public_name(path)}:{scale:g}" for path, scale in config.loras()]
     kind = "LoRA for AnimateDiff" if config.sft_type == "lora" else "AnimateDiff weights"
     lines = ["---", ModelCardData(base_model=on_hub, library_name="diffusers", tags=tags).to_yaml(), "---", "", f"# {kind}", ""]
     if sample:
         lines += ["![a sample](sample.gif)", ""]
     lines += [
         f"- base model: {base or 'the tiny model that anidiff-jax ships'}",
-        f"- motion adapter: {source(config.motion_adapter_id_or_path) or 'none given'}",
+        f"- motion adapter: {public_name(config.motion_adapter_id_or_path) or 'none given'}",
         f"- clips: {clips}, of {config.sample_n_frames} frames, {config.height} × {config.width} pixels, stride {config.sample_stride}",
         f"- updates: {checkpoint.name[5:]}, with anidiff-jax",
         "",

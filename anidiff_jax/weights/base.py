@@ -79,8 +79,9 @@ def load_model(
     motion_tensors: dict[str, Tensor] = {}
     if motion_adapter is not None:
         adapter_json, motion_tensors, found = motion_source(motion_adapter)
-        if any(getattr(settings, name) != value for name, value in found.norms.items()):
-            log.info("%s: %s", motion_adapter, "; ".join(found.notes))
+        other = " ".join(f"--{name} {value}" for name, value in found.norms.items() if getattr(settings, name) != value)
+        if other:
+            log.info("%s was trained with other norms: %s computes them so", motion_adapter, other)
         if not adapter_json.get("motion_num_attention_heads"):
             adapter_json = {**adapter_json, "motion_num_attention_heads": motion_heads}
         motion = motion_config(adapter_json, {k: t.shape for k, t in motion_tensors.items()}, groups, str(motion_adapter))

@@ -83,6 +83,11 @@ def wanted(files: Iterable[str]) -> list[str]:
     return [name for name in chosen if ".fp16" not in name or folder(name) not in full]
 
 
+def public_name(place: str | None) -> str | None:
+    """What may be told of where weights came from: a hub id, or the last name of a path on this machine."""
+    return None if place is None else Path(place).name if Path(place).expanduser().exists() else place
+
+
 def hub_tokenizer(repo: str) -> Path:
     """The tokenizer's files of a model on the Hugging Face Hub, which a single file of weights does not hold."""
     from huggingface_hub import HfApi

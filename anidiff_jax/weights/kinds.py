@@ -10,10 +10,11 @@ from anidiff_jax.errors import UserError
 from anidiff_jax.weights import ldm, loras, store
 from anidiff_jax.weights.files import read_json
 from anidiff_jax.weights.original import INSIDE
-from anidiff_jax.weights.tensors import PICKLES, Tensor, tensors_of
+from anidiff_jax.weights.tensors import PICKLES, Tensor, metadata_of, tensors_of
 
 BASE, MOTION, LORA, UNET, VIDEO_UNET = "base model", "motion modules", "LoRA", "UNet", "video UNet"
 VAE, TEXT = "VAE", "text encoder"
+DIFFUSERS_NORMS = {"motion_norm": "joint", "spatial_norm": "per_frame"}
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Kind:
     supported: bool = True
     tensors: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list)  # what is in it that is not used, and what a user should know
-    norms: dict[str, str] = field(default_factory=dict)  # with which settings motion modules were trained, where not with diffusers'
+    norms: dict[str, str] = field(default_factory=dict)  # with which settings motion modules were trained, where that is known
 
 
 # Signs of what is not read here, each looked for in the names of the tensors.
@@ -131,11 +132,20 @@ def _motion(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind
         return Kind(MOTION, naming, "PIA", supported=False, tensors=tensors, notes=["its first layer takes an image besides"])
     if rest:
         kind.notes.append(f"{len(rest)} tensors outside of the motion modules, such as {rest[0]}")
-    if naming == "original":
+    kind.norms = _recorded_norms(where)
+    if naming == "original" and not kind.norms:
         kind.norms = {"motion_norm": "per_frame", **({"spatial_norm": "joint"} if kind.version == "v1" else {})}
-        said = " ".join(f"--{name} {value}" for name, value in kind.norms.items())
-        kind.notes.append(f"it was trained with other norms than diffusers computes: {said} computes them so")
+    others = " ".join(f"--{name} {value}" for name, value in kind.norms.items() if value != DIFFUSERS_NORMS[name])
+    if others:
+        kind.notes.append(f"it was trained with other norms than diffusers computes: {others} computes them so")
     return kind
+
+
+def _recorded_norms(where: Path) -> dict[str, str]:
+    """Those that a file of ours, or one in such a folder, says it was trained with."""
+    file = where if where.is_file() else where / f"{store.STEMS['unet']}.safetensors"
+    said = metadata_of(file) if file.is_file() else {}
+    return {name: said[name] for name in DIFFUSERS_NORMS if name in said}
 
 
 def motion_version(keys: list[str], tensors: Mapping[str, Tensor], name: str = "") -> str:

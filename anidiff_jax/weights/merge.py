@@ -47,7 +47,7 @@ def write_merged_adapter(
 def merged_adapter(adapter: Path, loras: list[tuple[Path, float]]) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """(config.json, tensors, note for the file's header) of an adapter, with LoRAs added, each with its scale."""
     raw, tensors, found = motion_source(adapter)
-    header = {"kind": "motion modules", "made_from": adapter.name, "version": found.version}
+    header = {"kind": "motion modules", "made_from": adapter.name, "version": found.version, **found.norms}
     for path, scale in loras:
         lora = load_lora(path, {"unet": layers_of(tensors)})
         spatial = [key for key in (*flatten(lora.unet), *flatten(lora.text_encoder)) if not is_motion(key)]

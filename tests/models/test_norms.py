@@ -10,6 +10,9 @@ from diffusers import UNetMotionModel
 
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.weights.base import load_model
+from anidiff_jax.weights.kinds import recognise
+from anidiff_jax.weights.merge import merged_adapter, write_adapter, write_original
+from anidiff_jax.weights.sources import motion_source
 from tests import reference
 
 FRAMES = 3
@@ -66,6 +69,26 @@ def test_norms(base, adapter, motion_norm, spatial_norm):
         states = torch.tensor(text).repeat_interleave(FRAMES, 0)
         want = network(torch.tensor(x).permute(0, 4, 1, 2, 3), 7, states).sample.permute(0, 2, 3, 4, 1)
     reference.close(ours, want)
+
+
+def test_what_a_file_was_trained_with_is_told_to_who_computes_otherwise(base, adapter, tmp_path, caplog):
+    raw, tensors, _ = motion_source(adapter)
+    trained = {"joint": {"motion_norm": "joint", "spatial_norm": "per_frame"}, "own": {"motion_norm": "per_frame"}, "unsaid": {}}
+    for name, header in trained.items():
+        (tmp_path / name).mkdir()
+        write_adapter(tensors, raw, tmp_path / name, header)
+        write_original(tensors, tmp_path / f"{name}.safetensors", header)
+    said = lambda path, **norms: (caplog.clear(), load_model(base, path, settings=Settings(**norms)), caplog.text)[-1]
+    with caplog.at_level("INFO"):
+        assert "--motion_norm per_frame computes them so" in said(tmp_path / "own")
+        assert "--motion_norm joint" in said(tmp_path / "joint", motion_norm="per_frame")
+        assert "norm" not in said(tmp_path / "joint") + said(tmp_path / "own", motion_norm="per_frame")
+    norms = {path.name: recognise(path).norms for path in tmp_path.iterdir()}
+    assert norms == {
+        **trained, "unsaid.safetensors": {"motion_norm": "per_frame"},
+        **{f"{name}.safetensors": trained[name] for name in ("joint", "own")},
+    }  # fmt: skip
+    assert merged_adapter(tmp_path / "own", [])[2]["motion_norm"] == "per_frame"
 
 
 def test_strength(base, adapter):

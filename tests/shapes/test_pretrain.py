@@ -7,7 +7,7 @@ from anidiff_jax.models.clip import CLIPTextModel, clip_config
 from anidiff_jax.models.init import draw, shapes
 from anidiff_jax.models.vae import AutoencoderKL, vae_config
 from anidiff_jax.shapes.pretrain import NARROWER, _standardised, loose, pictures, widen_text_encoder
-from anidiff_jax.shapes.render import HELD_OUT_WORDINGS, random_scene
+from anidiff_jax.shapes.render import HELD_OUT_WORDINGS, PLACED, random_scene
 from anidiff_jax.shapes.tiny_model import VAE, text_config, tokenizer_folder
 from anidiff_jax.weights.base import load_tokenizer
 
@@ -16,11 +16,12 @@ def test_loose_captions_say_what_is_drawn_in_no_wording_that_is_held_out():
     rng = np.random.default_rng(0)
     seen = set()
     for i in range(300):
-        scene = random_scene(rng)
+        scene = random_scene(rng, "own" if i % 2 else PLACED)
         caption = loose(scene, rng)
         words = caption.split()
         assert {scene.color, scene.thing, *scene.background.split(), *([scene.front] if scene.front else [])} <= set(words)
         assert caption not in {scene.caption(i, HELD_OUT_WORDINGS) for i in range(3)}
+        assert caption.startswith(scene.caption(0, ("",)))  # the place, if any
         seen.add(words.index(scene.thing) < words.index(scene.background.split()[0]))
     assert seen == {True, False}
 

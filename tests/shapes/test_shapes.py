@@ -1,13 +1,26 @@
 """The embedded world: clips from a seed, a tokenizer with its words whole, a model that PyTorch opens too."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from diffusers import MotionAdapter, StableDiffusionPipeline
 
 from anidiff_jax.shapes.clips import scenes, write_clips
-from anidiff_jax.shapes.render import COLORS, DIRECTIONS, FRONTS, HELD_OUT_WORDINGS, THINGS, WORDINGS, Scene, held_out, random_scene, render
+from anidiff_jax.shapes.render import (
+    COLORS,
+    DIRECTIONS,
+    FRONTS,
+    HELD_OUT_WORDINGS,
+    PLACED,
+    THINGS,
+    WORDINGS,
+    Scene,
+    held_out,
+    random_scene,
+    render,
+)
 from anidiff_jax.shapes.tiny_model import WORDS
 from anidiff_jax.weights.base import EMBEDDED, EMBEDDED_CLIPS, load_tokenizer
 
@@ -71,6 +84,23 @@ def test_captions_say_what_a_still_shows():
     assert scene.caption() == "an orange arrow pointing up on a teal gradient background"
     moving = [random_scene(np.random.default_rng(i), "right") for i in range(50)]
     assert all(s.front or not {*s.caption(i).split()} & {*DIRECTIONS} for i, s in enumerate(moving))
+
+
+def test_captions_may_say_where_a_thing_is():
+    scene = Scene("circle", "red", "black", x=0.2, y=0.8)
+    assert scene.caption() == "a red circle on a black background"
+    assert replace(scene, told=True).caption() == "down left: a red circle on a black background"
+    assert replace(scene, told=True, y=0.5).caption() == "left: a red circle on a black background"
+    assert replace(scene, told=True, x=0.5, y=0.5).caption() == scene.caption()
+    placed = [random_scene(np.random.default_rng(i), PLACED) for i in range(200)]
+    assert 0.5 < np.mean([scene.told for scene in placed]) < 0.9
+    assert {scene.place for scene in placed} == {(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)}
+    assert np.ptp(render(placed[0], 2, 16), axis=0).max() == 0  # nothing moves
+
+
+def test_clips_of_some_things(tmp_path):
+    rows = csv.DictReader(write_clips(tmp_path, 4, things=("fish", "car"), frames=2).open())
+    assert all(row["contentUrl"].endswith(("fish.mp4", "car.mp4")) for row in rows)
 
 
 def test_every_word_is_one_token():
