@@ -158,7 +158,7 @@ def test_other_lengths_of_the_noise(monkeypatch):
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
 def test_trailing_steps_are_as_many_as_were_asked_for(name):
-    """In diffusers 61 steps, and a tenth of all numbers, become one more, at timestep -1, whose ᾱ is the last one's: pure noise."""
+    """In diffusers 61 steps, and one number in sixteen, become one more, at timestep -1, whose ᾱ is the last one's: pure noise."""
     theirs = reference.scheduler(name, timestep_spacing="trailing")
     for steps in (60, 61, 103, 999):
         ours = solvers.table(NoiseSchedule(timestep_spacing="trailing"), name, steps).rows.timestep
