@@ -76,7 +76,7 @@ def load(config: SampleConfig):
         motion_norm=config.motion_norm,
         spatial_norm=config.spatial_norm,
         motion_scale=config.motion_scale,
-        **{name: getattr(config, name) for name in config.noise().names() if hasattr(config, name)},
+        **config.noise_arguments(),
     )
     check_size(pipeline.model, config.sample_n_frames, config.height, config.width)
     if config.merge_lora:

@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, field, fields, make_dataclass
 from pathlib import Path
 from typing import Literal, TypeVar, get_args, get_origin
 
-from anidiff_jax.config import EMBEDDED_DEFAULTS, SECTIONS, SampleConfig, TrainConfig
+from anidiff_jax.config import EMBEDDED_DEFAULTS, PRESETS, SECTIONS, SampleConfig, TrainConfig
 from anidiff_jax.errors import UserError, read_text
 
 log = logging.getLogger(__name__)
@@ -48,8 +48,9 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
             raise UserError(messages[0])
         for message in messages:
             log.warning("%s; ignored", message)
-    if values["model_id_or_path"] is None:
-        values.update({name: value for name, value in EMBEDDED_DEFAULTS.items() if name not in given and name in values})
+    recipe = PRESETS[values["preset"]] if values["preset"] is not None else {}
+    implied = EMBEDDED_DEFAULTS | recipe if values["model_id_or_path"] is None else recipe
+    values.update({name: value for name, value in implied.items() if name not in given and name in values})
     config = kind(**{name: value for name, value in values.items() if name in known})
     object.__setattr__(config, "given", frozenset(given))
     return config

@@ -3,7 +3,8 @@
 import importlib.util
 import math
 import re
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,42 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "sample_n_frames": 8,
     "guidance_scale": 5.0,
     "num_train_epochs": 20,
+}
+# The recipes that --preset names. What the user gives wins.
+PRESETS: dict[str, dict[str, Any]] = {
+    "official": {
+        "scheduler": "ddim",
+        "num_inference_steps": 25,
+        "guidance_scale": 8.0,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "linear",
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+    },
+    "diffusers": {
+        "scheduler": "ddim",
+        "num_inference_steps": 25,
+        "guidance_scale": 7.5,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "linear",
+        "timestep_spacing": "linspace",
+        "steps_offset": 1,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+    },
+    "lcm": {"scheduler": "lcm", "num_inference_steps": 6, "guidance_scale": 1.5, "beta_schedule": "linear", "clip_sample": False},
+    "lightning": {
+        "scheduler": "euler",
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "beta_schedule": "linear",
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+    },
 }
 # Headings of the help, each with the argument that comes first under it.
 SECTIONS = {
@@ -80,12 +117,25 @@ class _Shared:
     validation_prompts_path: str | None = arg(None, "text file with a prompt a line; none = a file of the package")
     num_inference_steps: int = arg(25, "denoising steps of a video")
     guidance_scale: float = arg(8.0, "classifier-free guidance; 1 or less = none, at half the cost")
+    preset: Literal["official", "diffusers", "lcm", "lightning"] | None = arg(
+        None, "a known recipe: scheduler, steps, guidance and noise where they are not given; lcm and lightning for models of that kind"
+    )
+    scheduler: Literal[
+        "ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "pndm", "lms", "heun", "unipc", "lcm", "ddpm"
+    ] = arg("ddim", "the solver that takes the noise away, see docs/sampling.md")
+    eta: float = arg(0.0, "with ddim, noise added at every step: 0 = none, 1 = as much as ddpm")
     num_train_timesteps: int = arg(1000, "steps of the noise")
     beta_start: float = arg(0.00085, "variance of the noise's first step")
     beta_end: float = arg(0.012, "variance of the noise's last step")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = arg("linear", "how the variance grows between them")
     steps_offset: int = arg(1, "added to every timestep of sampling")
     clip_sample: bool = arg(False, "clip the predicted clean latents to [-1, 1] in sampling")
+    timestep_spacing: Literal["leading", "linspace", "trailing"] = arg("leading", "which of these steps sampling visits")
+    set_alpha_to_one: bool = arg(True, "the last step of ddim and pndm ends at the clean image; false = at the noise's first step")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = arg(
+        None, "what the network predicts: the noise, or the velocity; none = as the base model was trained"
+    )
+    rescale_betas_zero_snr: bool = arg(False, "let nothing of the clip be left at the noise's last step; for velocity prediction")
     seed: int = arg(42, "everything random comes from it")
     enable_xformers_memory_efficient_attention: bool = arg(True, "choose attention by shape and device; false = keep all logits")
     ignore_args_error: bool = arg(False, "warn about unknown arguments instead of stopping (for notebooks)")
@@ -104,13 +154,29 @@ class _Shared:
                 raise UserError(f"{f.name} {getattr(self, f.name)} is not a number to compute with")
         if self.seed >= 2**32:
             raise UserError(f"seed {self.seed} must be less than 2**32")
-        self.noise()
+        self._check_sampling()
 
-    def noise(self):
-        """The noise that these arguments describe."""
+    def _check_sampling(self) -> None:
+        """A scheduler that cannot do what is asked says so now, not at the first video."""
+        from anidiff_jax.diffusion import solvers
+
+        schedule = self.noise()
+        if self.prediction_type is None:  # with which everything goes; the base model is not known yet
+            schedule = replace(schedule, prediction_type="v_prediction")
+        solvers.table(schedule, self.scheduler, self.num_inference_steps, self.eta)
+
+    def noise_arguments(self) -> dict[str, Any]:
+        """The arguments of the noise; prediction_type only where it was given, since else the base model says it."""
         from anidiff_jax.diffusion.schedule import NoiseSchedule
 
-        return NoiseSchedule(**{name: getattr(self, name) for name in NoiseSchedule.names() if hasattr(self, name)})
+        return {name: getattr(self, name) for name in NoiseSchedule.names() if getattr(self, name) is not None}
+
+    def noise(self, base_scheduler: Mapping[str, Any] | None = None):
+        """The noise that these arguments describe. base_scheduler: the base model's, for what it predicts where they leave it open."""
+        from anidiff_jax.diffusion.schedule import NoiseSchedule
+
+        schedule = NoiseSchedule(**self.noise_arguments())
+        return schedule.for_base(base_scheduler) if base_scheduler and self.prediction_type is None else schedule
 
     def sampling(self) -> dict[str, Any]:
         """The arguments of the pipeline's call that these say."""
@@ -121,6 +187,8 @@ class _Shared:
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,
+            "scheduler": self.scheduler,
+            "eta": self.eta,
         }
 
     @property

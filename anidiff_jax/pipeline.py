@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anidiff_jax.diffusion import ddim
+from anidiff_jax.config import EMBEDDED_DEFAULTS, PRESETS
+from anidiff_jax.diffusion import rows as solver_rows
+from anidiff_jax.diffusion import solvers
 from anidiff_jax.diffusion.schedule import NoiseSchedule
 from anidiff_jax.errors import UserError
 from anidiff_jax.lora import joined, merge_lora
@@ -33,6 +35,7 @@ TOKENIZER_LOCK = threading.Lock()  # fast tokenizers do not like two threads; th
 
 NORMS = ("joint", "per_frame")
 PARTS = ("unet", "text_encoder")  # that LoRAs adapt
+DEFAULTS = {"sample_size": 256, "sample_n_frames": 16, "num_inference_steps": 25, "guidance_scale": 8.0, "scheduler": "ddim"}
 PIXELS_AT_ONCE = 512 * 512  # the VAE works on as many frames at a time as have this many pixels together
 
 
@@ -42,23 +45,27 @@ def encode_text(network: CLIPTextModel, params: Tree, ids, lora: Tree | None = N
     return network.apply({"params": params, "lora": lora or {}}, ids)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnames="latents")
-def denoise(unet: UNet, schedule: NoiseSchedule, params: Tree, lora: Tree, latents, text, table: ddim.Table, guidance_scale):
+@partial(jax.jit, static_argnums=0, donate_argnames="latents")
+def denoise(unet: UNet, params: Tree, lora: Tree, latents, text, rows: solver_rows.Row, guidance_scale, key=None):
     """latents (1, f, h, w, c) of noise → of a video. text (2, tokens, d): empty and prompt; (1, tokens, d): no guidance.
 
     Classifier-free guidance (Ho & Salimans, 2022): away from the empty prompt's prediction, by `guidance_scale`.
+    rows: the solver's. key: of the noise that it adds on the way; None: it adds none.
     """
     guided = text.shape[0] == 2
 
-    def one_step(latents, row):
-        x = jnp.repeat(latents, text.shape[0], axis=0)
+    def one_row(state, numbered):
+        number, row = numbered
+        x = jnp.repeat(state[0] * row.scale, text.shape[0], axis=0)
         prediction: Any = unet.apply({"params": params, "lora": lora}, x, jnp.full(x.shape[0], row.timestep), text)
         if guided:
             empty, prompt = jnp.split(prediction, 2)
             prediction = empty + guidance_scale * (prompt - empty)
-        return ddim.step(schedule, row, latents, prediction), None
+        noise = jnp.zeros_like(prediction) if key is None else solver_rows.fresh_noise(key, number, prediction.shape)
+        return solver_rows.step(row, state, prediction, noise), None
 
-    return jax.lax.scan(one_step, latents, table)[0]
+    numbered = (jnp.arange(len(rows.timestep)), rows)
+    return jax.lax.scan(one_row, solver_rows.start(rows, latents), numbered)[0][0]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -87,7 +94,7 @@ class AnimateDiffPipeline:
         self.schedule = schedule
         self.loras = list(loras)
         self._told_of_cut = False
-        self.defaults = {"sample_size": 256, "sample_n_frames": 16, "guidance_scale": 8.0, **(defaults or {})}
+        self.defaults = {**DEFAULTS, **(defaults or {})}
 
     @classmethod
     def from_pretrained(
@@ -109,6 +116,8 @@ class AnimateDiffPipeline:
         motion_norm: str = "joint",
         spatial_norm: str = "per_frame",
         motion_scale: float = 1.0,
+        preset: str | None = None,
+        scheduler: str | None = None,
         **noise: Any,
     ) -> "AnimateDiffPipeline":
         """Loads a base model and a motion adapter, from files or folders of any common kind or from hub ids.
@@ -122,8 +131,10 @@ class AnimateDiffPipeline:
         motion_num_attention_heads: for an adapter file without config; motion_*: an error where the adapter says otherwise.
         hub: hf | modelscope, where ids are looked up; None: the one, then the other.
         dtype: float32 | bfloat16 | float16, of weights and computation. attention: auto | xla | chunked | cudnn.
-        noise: beta_start, beta_end, beta_schedule, steps_offset, clip_sample, num_train_timesteps, prediction_type;
-            not given, AnimateDiff's recipe, and the base's own prediction_type.
+        noise: beta_start, beta_end, beta_schedule, steps_offset, clip_sample, num_train_timesteps, prediction_type, timestep_spacing,
+            set_alpha_to_one, rescale_betas_zero_snr; not given, AnimateDiff's recipe, and the base's own prediction_type.
+        preset: official | diffusers | lcm | lightning, a known recipe: noise, scheduler, steps and guidance where they are not given.
+        scheduler: the solver of calls that name none, see `__call__`.
         motion_norm: joint | per_frame. spatial_norm: per_frame | joint. motion_scale: see `layers.Settings`.
         Raises UserError (a ValueError) when something does not fit, and says what.
         """
@@ -136,11 +147,16 @@ class AnimateDiffPipeline:
         unknown = noise.keys() - set(NoiseSchedule.names())
         if unknown:
             raise UserError(f"unknown argument {', '.join(sorted(unknown))}; the noise arguments are {', '.join(NoiseSchedule.names())}")
-        defaults: Mapping[str, Any] | None = None
+        if preset is not None and preset not in PRESETS:
+            raise UserError(f"preset={preset!r} is not one of {', '.join(PRESETS)}")
+        recipe = PRESETS[preset] if preset is not None else {}
+        noise = {name: value for name, value in recipe.items() if name in NoiseSchedule.names()} | noise
+        defaults = {name: value for name, value in recipe.items() if name in DEFAULTS}
+        if scheduler is not None:
+            solvers.check_name(scheduler)
+            defaults["scheduler"] = scheduler
         if base is None:
-            from anidiff_jax.config import EMBEDDED_DEFAULTS
-
-            defaults = EMBEDDED_DEFAULTS
+            defaults = EMBEDDED_DEFAULTS | defaults
             base, motion_adapter = EMBEDDED, motion_adapter or EMBEDDED / "motion_adapter"
         local = lambda given, revision=None: None if given is None else resolve(str(given), revision, hub)
         model = load_model(
@@ -203,18 +219,21 @@ class AnimateDiffPipeline:
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 25,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int = 42,
         latents: np.ndarray | None = None,
-        scheduler: str = "ddim",
+        scheduler: str | None = None,
+        eta: float = 0.0,
     ) -> np.ndarray:
         """Samples a video for each prompt → float32 (prompts, frames, height, width, 3) in [0, 1].
 
-        num_frames: 16 (the embedded model 8) where it is not given.
+        num_frames: 16 (the embedded model 8) where it is not given; num_inference_steps: 25, or the preset's.
         height, width: pixels, multiples of the VAE's factor (8 for Stable Diffusion); guidance_scale ≤ 1 skips guidance and
         half of the cost. A video depends on its prompt and the seed only, not on its neighbours in the list.
-        latents: the noise to start from, (prompts, channels, frames, h, w) as diffusers has it, instead of the seed's.
+        latents: the noise to start from, of deviation 1, (prompts, channels, frames, h, w) as diffusers has it, instead of the seed's.
+        scheduler: ddim | euler | euler_a | dpmpp_2m | dpmpp_2m_karras | dpmpp_sde | pndm | lms | heun | unipc | lcm | ddpm; not given,
+        ddim or the preset's. eta: with ddim, noise added at each step, between none (0) and ddpm's (1).
         Raises UserError for a size, a number of frames or steps that the model cannot do.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -222,8 +241,7 @@ class AnimateDiffPipeline:
         num_frames = self.defaults["sample_n_frames"] if num_frames is None else num_frames
         height, width = height or int(self.defaults["sample_size"]), width or int(self.defaults["sample_size"])
         guidance_scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
-        if scheduler != "ddim":
-            raise UserError(f"scheduler={scheduler!r} is not built: ddim is")
+        steps = self.defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         check_size(self.model, num_frames, height, width)
         side, channels = networks.vae.config.factor, networks.vae.config.latent_channels
         shape = (num_frames, height // side, width // side, channels)
@@ -232,7 +250,8 @@ class AnimateDiffPipeline:
             if latents.shape != expected:
                 raise UserError(f"latents have shape {latents.shape}, expected {expected}: (prompts, channels, frames, h, w)")
             latents = np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)  # b c f h w -> b f h w c
-        table = ddim.table(self.schedule, num_inference_steps)
+        table = solvers.table(self.schedule, scheduler or self.defaults["scheduler"], steps, eta)
+        key = purpose(seed, "solver") if table.draws else None
         lora, text_lora = self.joined_lora("unet"), self.joined_lora("text_encoder")
 
         videos = []
@@ -240,7 +259,8 @@ class AnimateDiffPipeline:
             ids = self.tokenize([negative_prompt, text] if guidance_scale > 1 else [text])
             states = encode_text(networks.text_encoder, params["text_encoder"], ids, text_lora)
             noise = initial_noise(seed, shape) if latents is None else jnp.array(latents[i])
-            x = denoise(networks.unet, self.schedule, params["unet"], lora, noise[None], states, table, jnp.float32(guidance_scale))
+            x = noise[None] * jnp.float32(table.start)
+            x = denoise(networks.unet, params["unet"], lora, x, states, table.rows, jnp.float32(guidance_scale), key)
             videos.append(decode(networks.vae, params["vae"], x[0]))
         return np.stack([np.asarray(video) for video in videos])
 

@@ -1,8 +1,10 @@
 """PyTorch diffusers models with random weights in which nothing is zero or one, to compare with live."""
 
+import inspect
 import tempfile
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, StableDiffusionPipeline, UNet2DConditionModel
@@ -92,6 +94,32 @@ def ddim(**changes) -> DDIMScheduler:
         "timestep_spacing": "leading",
     }
     return DDIMScheduler(**{**recipe, **changes})
+
+
+SCHEDULERS = {
+    "ddim": ("DDIM", {}),
+    "euler": ("EulerDiscrete", {}),
+    "euler_a": ("EulerAncestralDiscrete", {}),
+    "dpmpp_2m": ("DPMSolverMultistep", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistep", {"use_karras_sigmas": True}),
+    "dpmpp_sde": ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++"}),
+    "pndm": ("PNDM", {"skip_prk_steps": True}),
+    "lms": ("LMSDiscrete", {}),
+    "heun": ("HeunDiscrete", {}),
+    "unipc": ("UniPCMultistep", {}),
+    "lcm": ("LCM", {}),
+    "ddpm": ("DDPM", {}),
+}
+
+
+def scheduler(name: str, **noise):
+    """diffusers' scheduler of this name of ours, with those of the noise arguments that it has."""
+    kind, more = SCHEDULERS[name]
+    made_by = getattr(diffusers, kind + "Scheduler")
+    known = inspect.signature(made_by.__init__).parameters
+    recipe = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear", "steps_offset": 1, "clip_sample": False}
+    recipe |= {"set_alpha_to_one": True, "timestep_spacing": "leading", **noise}
+    return made_by(**{key: value for key, value in recipe.items() if key in known}, **more)
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from anidiff_jax.arguments import parse
-from anidiff_jax.config import EMBEDDED_DEFAULTS, EMBEDDED_PROMPTS, PROMPTS, SampleConfig, TrainConfig
+from anidiff_jax.config import EMBEDDED_DEFAULTS, EMBEDDED_PROMPTS, PRESETS, PROMPTS, SampleConfig, TrainConfig
+from anidiff_jax.diffusion import solvers
 from anidiff_jax.errors import UserError
 from tests.conftest import words_of
 
@@ -37,7 +38,8 @@ TRAINING = {
     "training/test_setup.py::test_adapters_are_of_the_rank_and_drawn_by_the_seed": "lora_rank trainable_modules sft_type seed",
     "training/test_setup.py::test_the_task": (
         "num_train_timesteps beta_start beta_end beta_schedule steps_offset clip_sample seed lora_alpha lora_dtype loss_weighting "
-        "snr_gamma noise_offset ema_decay min_timestep max_timestep"
+        "snr_gamma noise_offset ema_decay min_timestep max_timestep prediction_type timestep_spacing "
+        "set_alpha_to_one rescale_betas_zero_snr"
     ),
     "training/test_setup.py::test_rows": "csv_path video_folder dataset_sample_size validation_csv validation_fraction seed",
     "training/test_setup.py::test_where_clips_come_from": "latent_cache",
@@ -50,7 +52,12 @@ TRAINING = {
     "data/test_data.py::test_batches_are_a_function_of_the_seed": "seed",
     "data/test_data.py::test_as_many_threads_read_as_are_asked_for": "dataloader_num_workers",
     "data/test_vet.py::test_what_is_found": "check_data",
-    "diffusion/test_schedule.py::test_steps_equal_diffusers": "num_train_timesteps beta_schedule steps_offset clip_sample",
+    "diffusion/test_schedule.py::test_schedules_equal_diffusers": "num_train_timesteps beta_schedule",
+    "diffusion/test_solvers.py::test_steps_equal_diffusers": "scheduler timestep_spacing beta_schedule prediction_type",
+    "diffusion/test_solvers.py::test_zero_snr": "rescale_betas_zero_snr",
+    "diffusion/test_solvers.py::test_clipping": "clip_sample",
+    "diffusion/test_solvers.py::test_where_the_last_step_ends": "set_alpha_to_one",
+    "diffusion/test_solvers.py::test_eta": "eta",
     "training/test_step.py::test_learning_rates_are_those_of_transformers": "learning_rate lr_scheduler_type warmup_ratio",
     "training/test_step.py::test_gradients_are_scaled_down_to_the_norm": "max_grad_norm",
     "training/test_step.py::test_weights_decay": "weight_decay",
@@ -61,7 +68,7 @@ TRAINING = {
     "training/test_step.py::test_timesteps_are_drawn_from_all_that_there_are": "num_train_timesteps min_timestep max_timestep",
     "training/test_parity.py::test_three_updates_equal_pytorch": "sft_type lora_alpha learning_rate lr_scheduler_type",
     "training/test_samples.py::test_the_arguments_of_validation_videos": (
-        "num_inference_steps guidance_scale sample_size sample_n_frames seed"
+        "num_inference_steps guidance_scale sample_size sample_n_frames seed scheduler eta"
     ),
     "training/test_validation.py::test_at_most_so_many_clips_are_validated_on": "validation_clips",
     "test_train.py::test_the_length_of_a_run": "num_train_epochs max_steps batch_size",
@@ -82,14 +89,21 @@ TRAINING = {
     "test_scripts.py::test_a_whole_unet_trains_on_single_frames": "eval_steps save_steps num_train_epochs",
     "test_scripts.py::test_every_script_takes_ids_of_modelscope": "hub",
     "test_arguments.py::test_unknown_arguments": "ignore_args_error",
+    "test_arguments.py::test_recipes": "preset",
 }  # fmt: skip
 SAMPLING = {
     "test_sample.py::test_what_is_asked_for_and_what_the_file_says": (
-        "prompt negative_prompt sample_size sample_n_frames sample_stride num_inference_steps guidance_scale seed fps output_path"
+        "prompt negative_prompt sample_size sample_n_frames sample_stride num_inference_steps guidance_scale seed fps output_path "
+        "scheduler eta"
     ),
     "test_sample.py::test_prompts": "validation_prompts_path prompt eval_human",
     "test_sample.py::test_how_it_computes": "dtype enable_xformers_memory_efficient_attention",
-    "test_sample.py::test_the_noise": "num_train_timesteps beta_start beta_end beta_schedule steps_offset clip_sample",
+    "test_sample.py::test_the_noise": (
+        "num_train_timesteps beta_start beta_end beta_schedule steps_offset clip_sample timestep_spacing set_alpha_to_one prediction_type "
+        "rescale_betas_zero_snr"
+    ),
+    "test_pipeline.py::test_solvers_equal_diffusers": "scheduler timestep_spacing",
+    "test_arguments.py::test_recipes": "preset",
     "test_sample.py::test_the_motion_modules": "motion_num_attention_heads motion_max_seq_length",
     "test_sample.py::test_each_model_in_its_revision": MODELS,
     "test_sample.py::test_what_was_trained_is_sampled": "ckpt_dir sft_type",
@@ -118,6 +132,7 @@ def another_value(f):
     chosen = {
         "beta_end": 0.5, "sample_size": "16x24", "min_timestep": 1, "hub_model_id": "owner/name",
         "validation_fraction": 0.0, "loss_weighting": "none",  # they exclude validation_csv and snr_gamma
+        "eta": 0.0,  # another scheduler than ddim excludes it
     }  # fmt: skip
     kinds = {"int": 3, "float": 0.25, "bool": not f.default, "str": "a text"}
     if f.name in chosen:
@@ -161,6 +176,41 @@ def test_the_embedded_model_changes_what_is_not_given(kind):
     assert values() == own
     assert values("--model_id_or_path", "a/model") == {name: getattr(kind, name) for name in own}
     assert values("--sample_n_frames", "5", "--guidance_scale", "8") == {**own, "sample_n_frames": 5, "guidance_scale": 8.0}
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, SampleConfig])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_recipes(kind, preset, tmp_path):
+    """A preset changes what is not given, also what the embedded model would."""
+    recipe = PRESETS[preset]
+    values = lambda *words: {name: getattr(parse(kind, [*words]), name) for name in recipe}
+    for model in ([], ["--model_id_or_path", "a/model"]):
+        assert values(*model, "--preset", preset) == recipe
+    assert values("--num_inference_steps", "9", "--preset", preset, "--scheduler", "ddim") == {
+        **recipe, "num_inference_steps": 9, "scheduler": "ddim",
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(f"preset: {preset}\nguidance_scale: 3.5\n")
+    assert values(str(tmp_path / "run.yaml")) == {**recipe, "guidance_scale": 3.5}
+
+
+def test_names_are_those_that_are_built():
+    choices = {f.name: get_args(f.type) for f in fields(SampleConfig)}
+    assert choices["scheduler"] == tuple(solvers.SOLVERS)
+    assert get_args(choices["preset"][0]) == tuple(PRESETS)
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, SampleConfig])
+def test_what_a_scheduler_cannot_do_is_told_at_once(kind):
+    for words, message in (
+        ("--scheduler lcm --num_inference_steps 60", "num_inference_steps=60 is too many for scheduler='lcm'"),
+        ("--scheduler euler --eta 0.5", "eta=0.5 is for scheduler='ddim' alone"),
+        ("--rescale_betas_zero_snr --timestep_spacing trailing --prediction_type epsilon", "nothing of the video is left at timestep 999"),
+        ("--scheduler magic", "invalid choice: 'magic'"),
+    ):
+        with pytest.raises(UserError) as error:
+            parse(kind, words.split())
+        assert message in str(error.value)
+    parse(kind, ["--rescale_betas_zero_snr", "--timestep_spacing", "trailing"])  # the base may predict the velocity
 
 
 def test_other_names():

@@ -70,7 +70,7 @@ def test_the_defaults_of_the_embedded_model(asked):
     (call,), _ = asked("--prompt", "a star")
     assert call == {
         "prompt": "a star", "negative_prompt": "", "num_frames": 8, "height": 64, "width": 64, "num_inference_steps": 25,
-        "guidance_scale": 5.0, "seed": 42,
+        "guidance_scale": 5.0, "seed": 42, "scheduler": "ddim", "eta": 0.0,
     }  # fmt: skip
 
 
@@ -78,11 +78,12 @@ def test_what_is_asked_for_and_what_the_file_says(asked, base, tmp_path):
     words = {
         "model_id_or_path": base, "prompt": "a star", "negative_prompt": "a square", "sample_size": "16x24", "sample_n_frames": 4,
         "num_inference_steps": 3, "guidance_scale": 2.5, "seed": 9, "sample_stride": 6, "fps": 5, "beta_end": 0.02,
+        "scheduler": "ddim", "eta": 0.5,
     }  # fmt: skip
     (call,), (printed,) = asked(*words_of(**words))
     settings = {
         "negative_prompt": "a square", "num_frames": 4, "height": 16, "width": 24, "num_inference_steps": 3, "guidance_scale": 2.5,
-        "seed": 9,
+        "seed": 9, "scheduler": "ddim", "eta": 0.5,
     }  # fmt: skip
     assert call == {"prompt": "a star", **settings}
     assert printed == str(tmp_path / "gifs" / "a-star-seed9.gif")
@@ -92,6 +93,10 @@ def test_what_is_asked_for_and_what_the_file_says(asked, base, tmp_path):
     said = json.loads(image.info["comment"])
     said_too = {"prompt": "a star", **settings, "stride": 6, "beta_end": 0.02, "dtype": "float32", "model_id_or_path": str(base)}
     assert said.items() >= said_too.items()
+    (call,), (printed,) = asked(*words_of(model_id_or_path=base, prompt="a star", sample_size=16, sample_n_frames=4, preset="lightning"))
+    expected = {"scheduler": "euler", "num_inference_steps": 4, "guidance_scale": 1.0}
+    assert call.items() >= expected.items()
+    assert json.loads(Image.open(printed).info["comment"]).items() >= {**expected, "timestep_spacing": "trailing"}.items()
 
 
 def test_prompts(asked, load, tmp_path, monkeypatch):
@@ -124,10 +129,11 @@ def test_how_it_computes(load, monkeypatch):
 def test_the_noise(load):
     noise = {
         "num_train_timesteps": 500, "beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "scaled_linear", "steps_offset": 2,
-        "clip_sample": True,
+        "clip_sample": True, "timestep_spacing": "trailing", "set_alpha_to_one": False, "rescale_betas_zero_snr": True,
     }  # fmt: skip
     pipeline = load(*words_of(**noise))
-    assert vars(pipeline.schedule) == {**noise, "prediction_type": "epsilon"}
+    assert vars(pipeline.schedule) == {**noise, "prediction_type": "epsilon"}  # as the base's scheduler_config.json says
+    assert load("--prediction_type", "v_prediction").schedule.prediction_type == "v_prediction"
 
 
 def test_the_motion_modules(load, adapter):

@@ -1,12 +1,19 @@
 """The noise that training adds and sampling removes: q(x_t | x_0) = N(sqrt(ᾱ_t) x_0, 1 - ᾱ_t) (Ho et al., 2020, arXiv:2006.11239)."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from anidiff_jax.errors import UserError
+
+CHOICES = {
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+}
 
 
 @dataclass(frozen=True)
@@ -20,19 +27,23 @@ class NoiseSchedule:
     steps_offset: int = 1
     clip_sample: bool = False
     prediction_type: str = "epsilon"  # epsilon | v_prediction
+    timestep_spacing: str = "leading"  # leading | linspace | trailing: which timesteps sampling visits
+    set_alpha_to_one: bool = True  # the last step of ddim and pndm ends at ᾱ = 1, the clean image; else at the first timestep's ᾱ
+    rescale_betas_zero_snr: bool = False  # nothing of the image is left at the last timestep
 
     def __post_init__(self):
-        if self.beta_schedule not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
-            raise UserError(f"beta_schedule={self.beta_schedule!r} is not one of linear, scaled_linear, squaredcos_cap_v2")
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"prediction_type={self.prediction_type!r} is not one of epsilon, v_prediction")
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(values)}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(f"beta_start={self.beta_start} and beta_end={self.beta_end} must satisfy 0 < beta_start <= beta_end < 1")
         if self.num_train_timesteps < 1:
             raise UserError(f"num_train_timesteps={self.num_train_timesteps} must be at least 1")
+        if self.rescale_betas_zero_snr and self.num_train_timesteps < 2:
+            raise UserError("rescale_betas_zero_snr needs at least 2 num_train_timesteps")
 
     def betas(self) -> np.ndarray:
-        """(num_train_timesteps,) float32."""
+        """(num_train_timesteps,) float32, before they are rescaled."""
         n = self.num_train_timesteps
         if self.beta_schedule == "linear":
             betas = np.linspace(self.beta_start, self.beta_end, n)
@@ -44,16 +55,20 @@ class NoiseSchedule:
         return betas.astype(np.float32)
 
     def alphas_cumprod(self) -> np.ndarray:
-        """ᾱ, (num_train_timesteps,) float32."""
-        return np.cumprod(1 - self.betas(), dtype=np.float32)
+        """ᾱ, (num_train_timesteps,) float32; rescaled, sqrt(ᾱ) goes from its first value to 0 (Lin et al., 2023, arXiv:2305.08891)."""
+        alphas = np.cumprod(1 - self.betas(), dtype=np.float64).astype(np.float32)
+        if not self.rescale_betas_zero_snr:
+            return alphas
+        root = np.sqrt(alphas)
+        return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
 
     @staticmethod
     def names() -> tuple[str, ...]:
         return tuple(NoiseSchedule.__dataclass_fields__)
 
-    def for_base(self, scheduler: dict[str, Any]) -> "NoiseSchedule":
+    def for_base(self, scheduler: Mapping[str, Any]) -> "NoiseSchedule":
         """The same, predicting what the base model was trained to predict (its scheduler_config.json)."""
-        return NoiseSchedule(**{**self.__dict__, "prediction_type": scheduler.get("prediction_type") or self.prediction_type})
+        return replace(self, prediction_type=scheduler.get("prediction_type") or self.prediction_type)
 
 
 def add_noise(schedule: NoiseSchedule, x0, noise, timestep):
@@ -82,7 +97,7 @@ def loss_weight(schedule: NoiseSchedule, timestep, weighting: str = "none", snr_
     snr = alpha / (1 - alpha)
     velocity = schedule.prediction_type == "v_prediction"
     if snr_gamma is not None:
-        noise_weight = jnp.minimum(snr, snr_gamma) / snr
+        noise_weight = jnp.minimum(1, snr_gamma / snr)  # 1 where nothing of the clip is left
     elif weighting == "inverse_snr":
         noise_weight = jnp.clip(1 / snr, 0.1, 10)
     else:

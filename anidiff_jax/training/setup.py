@@ -9,6 +9,7 @@ from anidiff_jax.config import TrainConfig
 from anidiff_jax.data.cache import LatentCache
 from anidiff_jax.data.loader import Videos
 from anidiff_jax.data.records import Records, read_records
+from anidiff_jax.diffusion import solvers
 from anidiff_jax.errors import UserError
 from anidiff_jax.lora import init_lora, linear_layers, matches
 from anidiff_jax.models.config import fresh_motion_config, is_motion_unet, unet_config
@@ -108,9 +109,11 @@ def source(config: TrainConfig, records: Records, pipeline: AnimateDiffPipeline)
 
 def task(config: TrainConfig, model: Model) -> Task:
     """What is computed, as the arguments say."""
+    schedule = config.noise(model.scheduler)
+    solvers.table(schedule, config.scheduler, config.num_inference_steps, config.eta)  # what validation cannot do is told now
     return Task(
         model.networks,
-        config.noise().for_base(model.scheduler),
+        schedule,
         config.seed,
         lora_scale=config.lora_alpha / config.lora_rank if config.sft_type == "lora" else None,
         lora_dtype=lora_dtype(config),

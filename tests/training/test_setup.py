@@ -186,7 +186,12 @@ def test_the_task(lora, full, model):
     words = words_of(**noise, noise_offset=0.1, ema_decay=0.9, seed=3, loss_weighting="inverse_snr", lora_alpha=6, lora_rank=4)
     config = lora(*words, "--clip_sample", "--lora_dtype", "bf16")
     task = setup.task(config, model)
-    assert vars(task.schedule) == {**noise, "clip_sample": True, "prediction_type": "v_prediction"}
+    unsaid = {"timestep_spacing": "leading", "set_alpha_to_one": True, "rescale_betas_zero_snr": False}
+    assert vars(task.schedule) == {**noise, **unsaid, "clip_sample": True, "prediction_type": "v_prediction"}
+    said = {"timestep_spacing": "trailing", "set_alpha_to_one": False, "rescale_betas_zero_snr": True, "prediction_type": "epsilon"}
+    assert vars(setup.task(lora(*words_of(**said, scheduler="euler")), model).schedule).items() >= said.items()
+    with pytest.raises(UserError, match="nothing of the video is left"):  # which ddim could do with the base's own velocities
+        setup.task(lora("--rescale_betas_zero_snr", "--timestep_spacing", "trailing"), replace(model, scheduler={}))
     assert (task.noise_offset, task.ema_decay, task.seed, task.loss_weighting, task.snr_gamma) == (0.1, 0.9, 3, "inverse_snr", None)
     assert (task.lora_scale, task.lora_dtype) == (1.5, "bfloat16")
     assert setup.task(lora("--snr_gamma", "5"), model).snr_gamma == 5
