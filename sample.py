@@ -1,48 +1,68 @@
-"""Samples videos from prompts as GIFs.
+"""Samples videos from prompts: GIF, MP4, WebP, PNG, and grids of them.
 
     python sample.py --prompt "a red circle moving right on a white background"      # the embedded tiny model
     python sample.py --ckpt_dir output/ad-…/checkpoints/iter-100                      # a LoRA trained on it
     python sample.py --model_id_or_path SD15 --motion_adapter_id_or_path ADAPTER --eval_human true
     python sample.py --model_id_or_path SD15 --sft_type full --ckpt_dir CHECKPOINT
     python sample.py --model_id_or_path SD15 --motion_adapter_id_or_path ADAPTER --ckpt_dir CHECKPOINT --merge_lora true
+    python sample.py --prompt "a blue star" --output_format gif mp4 --num_videos_per_prompt 4
+    python sample.py --prompt "a blue star" --grid seed=1,2,3 guidance_scale=2,5
+    python sample.py --from_json generated/a-blue-star-seed42.mp4                     # the same video again
 
 Every argument: python sample.py --help.
 """
 
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from anidiff_jax import grid, outputs
 from anidiff_jax.arguments import parse
 from anidiff_jax.config import SampleConfig
 from anidiff_jax.errors import UserError, run_script
 
-SOURCES = ("model_id_or_path", "motion_adapter_id_or_path", "hub", "vae_path", "text_encoder_path", "ckpt_dir", "lora",
-           "motion_norm", "spatial_norm", "motion_scale")  # fmt: skip
-
 
 def main() -> None:
     config = parse(SampleConfig)
-    prompts = ask() if config.eval_human else [config.prompt] if config.prompt is not None else config.prompts()
+    prompts: Iterable[str] = ask() if config.eval_human else [config.prompt] if config.prompt is not None else config.prompts()
 
     from anidiff_jax.parallel import set_up_jax
     from anidiff_jax.training.report import start_log
-    from anidiff_jax.video import free_path, save_gif
 
     set_up_jax()
     start_log()
-    folder = Path(config.output_path).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before anything is computed
-    settings = {"negative_prompt": config.negative_prompt, **config.sampling()}
+    outputs.prepare(config)
+    axes = grid.axes_of(config, prompts)
+    if any(axis.name == "prompt" for axis in axes):
+        prompts = [axis.values[0] for axis in axes if axis.name == "prompt"]
     pipeline = load(config)
-    sources = {name: getattr(config, name) for name in SOURCES}
-    recipe = {**settings, "stride": config.sample_stride, **asdict(pipeline.schedule), "dtype": pipeline.dtype, **sources}
+    if config.from_json is not None:
+        outputs.check_models(config, outputs.record_of(config, pipeline))
     for prompt in prompts:
-        (video,) = pipeline(prompt, **settings)
-        path = free_path(folder, prompt, config.seed)
-        save_gif(video, path, config.fps, {"prompt": prompt, **recipe})
+        for i in range(config.num_videos_per_prompt):
+            asked = config.but(prompt=prompt, seed=config.seed + i)
+            if axes:
+                sample_grid(pipeline, asked, axes)
+            else:
+                sample(pipeline, asked)
+
+
+def sample(pipeline, config: SampleConfig):
+    """One video of one prompt, saved; returns its frames (f, h, w, 3)."""
+    (video,) = pipeline(config.prompt, negative_prompt=config.negative_prompt, **config.sampling())
+    for path in outputs.save_video(video, config, outputs.record_of(config, pipeline)):
+        print(path, flush=True)
+    return video
+
+
+def sample_grid(pipeline, config: SampleConfig, axes) -> None:
+    """A video for every place in a grid, saved; then the grid."""
+    cells = grid.cells(config, axes)
+    videos = [sample(pipeline, cell) for cell in cells]
+    labels = [grid.label(cell, axes) for cell in cells]
+    record = outputs.record_of(config.but(grid=[str(axis) for axis in axes]), pipeline)
+    for path in outputs.save_grid(videos, labels, grid.columns_of(axes), grid.name_of(config, axes), config, record):
         print(path, flush=True)
 
 
@@ -81,7 +101,8 @@ def load(config: SampleConfig):
     check_size(pipeline.model, config.sample_n_frames, config.height, config.width)
     if config.merge_lora:
         adapter, revision = config.motion_adapter_id_or_path, config.motion_adapter_revision
-        print(write_merged_adapter(adapter, revision, trained["lora"], config.replace_if_exists, config.hub), flush=True)
+        if config.from_json is None:  # else the folder was written then
+            print(write_merged_adapter(adapter, revision, trained["lora"], config.replace_if_exists, config.hub), flush=True)
         pipeline.merge_lora()
     for path, scale in config.loras():
         pipeline.load_lora(path, scale, config.hub)

@@ -5,10 +5,10 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from anidiff_jax.config import EMBEDDED_DEFAULTS, PRESETS, SECTIONS, SampleConfig, TrainConfig
 from anidiff_jax.errors import UserError, read_text
@@ -33,6 +33,8 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     if words and words[0].endswith((".json", ".yaml", ".yml")) and not words[0].startswith("-"):
         words = _words_of_file(Path(words[0]).expanduser()) + words[1:]
     words = _words_of_run(words) + words
+    if kind is SampleConfig:
+        words = _words_of_video(words) + words
     groups = [_as_group(title, members) for title, members in sections(kind).items()]
     parser = Parser(groups, allow_abbrev=False, usage="%(prog)s [settings.yaml | settings.json] [--name value …]", description=kind.__doc__)  # type: ignore[arg-type]
     namespace, rest = parser.parse_known_args(words)
@@ -83,8 +85,7 @@ def _unknown(word: str, known: set[str]) -> str:
 
 def _words_of_run(words: list[str]) -> list[str]:
     """Where a run is gone on with, its own arguments, which those on the command line may change."""
-    pairs = [*itertools.pairwise(words), *(word.split("=", 1) for word in words if "=" in word)]
-    given = {name.replace("-", "_"): value for name, value in pairs if name.startswith("--")}  # argparse takes either spelling
+    given = _given(words)
     where = given.get("__resume_from_checkpoint")
     if where is None:
         return []
@@ -92,6 +93,25 @@ def _words_of_run(words: list[str]) -> list[str]:
 
     checkpoint = find_checkpoint(where, given.get("__output_dir", TrainConfig.output_dir))
     return _words_of_file(checkpoint / "train_config.json")
+
+
+def _words_of_video(words: list[str]) -> list[str]:
+    """Where a video is made again, the arguments that it was made with, but for those that are given anew."""
+    given = _given(words)
+    where = given.get("__from_json")
+    if where is None:
+        return []
+    from anidiff_jax.outputs import arguments_in, settings_of
+
+    anew = {name.removeprefix("__") for name in given}
+    anew |= {name.removeprefix("no_") for name in anew} | ({"prompt"} if "validation_prompts_path" in anew else set())
+    return _as_words({name: value for name, value in arguments_in(settings_of(where)).items() if name not in anew})
+
+
+def _given(words: list[str]) -> dict[str, str]:
+    """{"__name": what follows it}; argparse takes either spelling, and so do we."""
+    pairs = [*itertools.pairwise([*words, ""]), *(word.split("=", 1) for word in words if "=" in word)]
+    return {name.replace("-", "_"): value for name, value in pairs if name.startswith("--")}
 
 
 def _words_of_file(path: Path) -> list[str]:
@@ -111,7 +131,11 @@ def _words_of_file(path: Path) -> list[str]:
     if not isinstance(values, dict):
         raise UserError(f"config file {path} must hold names and values at its top level")
     given = values.pop("given", values)
-    values = {name: value for name, value in values.items() if name in given}
+    return _as_words({name: value for name, value in values.items() if name in given})
+
+
+def _as_words(values: Mapping[str, Any]) -> list[str]:
+    """Names and values as the words of a command line; a list as the same name again and again."""
     written = {True: "true", False: "false"}
     pairs = [(k, v) for k, given in values.items() for v in (given if isinstance(given, list) else [given]) if v is not None]
     return [f"--{k}={written[v] if isinstance(v, bool) else v}" for k, v in pairs]
@@ -139,7 +163,7 @@ def as_markdown() -> str:
                 nothing = f.default in (None, "", MISSING)
                 default = "none" if nothing else str(f.default).lower() if isinstance(f.default, bool) else f.default
                 kind_of_value = next((t for t in (f.type, *get_args(f.type)) if get_origin(t) is Literal), None)  # Literal | None too
-                choices = get_args(kind_of_value) if kind_of_value else ()
+                choices = get_args(kind_of_value) if kind_of_value else f.metadata.get("choices", ())
                 meaning = f.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
                 lines.append(f"| `{f.name}` | {default} | {meaning.replace('|', chr(92) + '|')} |")
     return "\n".join([*lines, ""])

@@ -68,6 +68,7 @@ SECTIONS = {
     "use_tensorboard": "logs and hubs",
     "ckpt_dir": "what is sampled",
     "dtype": "how it is sampled",
+    "fps": "what is written",
 }
 EMBEDDED_PROMPTS = Path(__file__).parent / "shapes" / "validation.txt"
 PROMPTS = Path(__file__).parent / "validation.txt"
@@ -364,15 +365,58 @@ class SampleConfig(_Shared):
     dtype: Literal["auto", "float32", "bfloat16"] = arg(
         "auto", "type of weights and computation; auto = bfloat16 on GPU and TPU, float32 on CPU"
     )
-    fps: float = arg(8.0, "frames a second of the GIFs")
-    output_path: str = arg("./generated", "folder for the GIFs")
+    num_videos_per_prompt: int = arg(1, "videos of each prompt; video i, from 0, has seed + i")
+    grid: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "videos over a list, or over two as columns and rows, as seed=1,2,3 guidance_scale=4,8 or prompt='a cat|a dog' (prompt "
+            "alone: the prompts file); besides the videos, all of them in one GIF and one PNG",
+            "action": "extend",
+        },
+    )
+    from_json: str | None = arg(
+        None, "make a video again from its JSON, or from the video itself; what is given besides changes it. A merged LoRA is not rewritten"
+    )
+    fps: float = arg(8.0, "frames a second")
+    output_format: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "one or several; none = gif. mp4: H.264. png: a folder of frames. sheet: some frames in one PNG. Each with a JSON",
+            "action": "extend",
+            "choices": ("gif", "mp4", "webp", "png", "sheet"),
+        },
+    )
+    gif_dither: Literal["floyd_steinberg", "none"] = arg("floyd_steinberg", "how GIFs show colours that their palette of 256 lacks")
+    gif_loop: int = arg(0, "times that a GIF or WebP plays; 0 = endless")
+    mp4_crf: int = arg(17, "quality of mp4, H.264's constant rate factor, 0 to 51: lower is better, and 6 less makes files twice as large")
+    webp_quality: int = arg(90, "quality of WebP, 0 to 100; 100 loses nothing")
+    output_path: str = arg("./generated", "folder for what is made")
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.fps <= 50:
-            raise UserError(f"fps {self.fps} must be above 0 and at most 50, the fastest that viewers play")
+        most = 50 if "gif" in self.formats or self.grid else 1000
+        if not 0 < self.fps <= most:
+            why = ", the fastest that viewers play a GIF: leave out gif, or lower it" if most == 50 else ""
+            raise UserError(f"fps {self.fps} must be above 0 and at most {most}{why}")
+        _at_least(self, "num_videos_per_prompt", 1)
+        if self.seed + self.num_videos_per_prompt > 2**32:
+            raise UserError(f"seed {self.seed} + num_videos_per_prompt {self.num_videos_per_prompt} must be at most 2**32")
+        for name, highest in (("mp4_crf", 51), ("webp_quality", 100), ("gif_loop", 65535)):
+            if not 0 <= getattr(self, name) <= highest:
+                raise UserError(f"{name} {getattr(self, name)} must be between 0 and {highest}")
         if self.merge_lora and (self.ckpt_dir is None or self.sft_type != "lora"):
             raise UserError("merge_lora needs --sft_type lora and --ckpt_dir, the checkpoint whose LoRA is to be merged")
+
+    @property
+    def formats(self) -> list[str]:
+        """Those of `output_format`, each once."""
+        return list(dict.fromkeys(self.output_format)) or ["gif"]
+
+    def but(self, **changes: Any) -> "SampleConfig":
+        """The same arguments but for these; checked as all are."""
+        changed = replace(self, **changes)
+        object.__setattr__(changed, "given", self.given)
+        return changed
 
 
 def path_and_scale(given: str) -> tuple[str, float]:

@@ -187,9 +187,17 @@ class AnimateDiffPipeline:
 
     def merge_lora(self) -> None:
         """Folds the LoRAs into the weights; frames stay the same to rounding."""
+        hashes = self.hashes
         folded = {part: merge_lora(self.model.params[part], self.joined_lora(part), 1.0) for part in PARTS}
-        self.model.params = {**self.model.params, **folded}
+        self.model.params, self.model.hashes = {**self.model.params, **folded}, hashes
         self.loras = []
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Of all weights, as they were read: unet, motion_modules, vae, text_encoder, and lora_1 and so on, those merged first."""
+        own = dict(self.model.hashes)
+        first = 1 + sum(name.startswith("lora_") for name in own)
+        return own | {f"lora_{i}": lora.hash for i, (lora, _) in enumerate(self.loras, first)}
 
     def joined_lora(self, part: str) -> Tree:
         """All adapters of one network as one."""
@@ -267,7 +275,7 @@ class AnimateDiffPipeline:
     def with_weights(self, params: dict[str, Tree], lora: Tree | None, lora_scale: float) -> "AnimateDiffPipeline":
         """The same pipeline with other weights; nothing is compiled anew."""
         loras = [(Lora(unet=lora), lora_scale)] if lora else []
-        return AnimateDiffPipeline(replace(self.model, params=params), self.schedule, loras, self.defaults)
+        return AnimateDiffPipeline(replace(self.model, params=params, hashes={}), self.schedule, loras, self.defaults)
 
 
 def check_size(model: Model, num_frames: int, height: int, width: int) -> None:

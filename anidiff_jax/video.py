@@ -1,15 +1,23 @@
-"""Frames → GIF and mp4 files. A file appears under its name only when it is whole, and never replaces another."""
+"""Frames → GIF, MP4, WebP and PNG files. A file appears under its name only when it is whole, and never replaces another unasked."""
 
 import json
 import os
 import re
+import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from anidiff_jax.errors import UserError
+
+DITHER = {"floyd_steinberg": Image.Dither.FLOYDSTEINBERG, "none": Image.Dither.NONE}
+EXIF_IFD, USER_COMMENT = 0x8769, 0x9286  # of Exif 2.32
+ASCII = b"ASCII\0\0\0"  # how a user comment begins that is ASCII
 
 
 def to_uint8(frames) -> np.ndarray:
@@ -18,31 +26,107 @@ def to_uint8(frames) -> np.ndarray:
     return frames if frames.dtype == np.uint8 else np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
 
 
-def save_gif(frames, path: Path, fps: float = 8, settings: Mapping[str, Any] | None = None, replace: bool = False) -> None:
-    """Writes an endless GIF of (f, h, w, 3) frames, uint8 or in [0, 1], with one palette made from the whole video.
+def save_gif(
+    frames,
+    path: Path,
+    fps: float = 8,
+    settings: Mapping[str, Any] | None = None,
+    replace: bool = False,
+    dither: str = "floyd_steinberg",
+    plays: int = 0,
+) -> None:
+    """Writes a GIF of (f, h, w, 3) frames, uint8 or in [0, 1], with one palette made from the whole video.
 
     A palette a frame makes flat areas flicker. `settings` go into the file as a JSON comment. GIF knows hundredths of a
-    second only: delays are spread so that the clip's length is right.
+    second only: delays are spread so that the clip's length is right. dither: floyd_steinberg | none. plays: how often; 0 = endless.
     """
     frames = to_uint8(frames)
     every = Image.fromarray(frames.reshape(-1, frames.shape[2], 3))  # f h w 3 -> (f h) w 3
     palette = every.quantize(256, method=Image.Quantize.MEDIANCUT)
-    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames]
-    ticks = np.round(np.arange(len(frames) + 1) * 100 / fps).astype(int)
-    options: dict[str, Any] = {"duration": [int(t) * 10 for t in np.diff(ticks)], "loop": 0, "disposal": 1}
+    images = [Image.fromarray(frame).quantize(palette=palette, dither=DITHER[dither]) for frame in frames]
+    options: dict[str, Any] = {"duration": [10 * ticks for ticks in delays(len(frames), fps, 100)], "disposal": 1}
+    if plays != 1:
+        options["loop"] = max(plays - 1, 0)  # the file says how often it plays again; 0 = endless
     if settings:
-        options["comment"] = json.dumps(dict(settings), ensure_ascii=False).encode()
+        options["comment"] = as_json(settings).encode()
     with written_aside(path, replace) as part:
         images[0].save(part, "GIF", save_all=True, append_images=images[1:], **options)
 
 
-def save_mp4(frames, path: Path, fps: float = 8) -> None:
-    """Writes (f, h, w, 3) frames, of even height and width, as H.264 in yuv420p; overwrites."""
-    import imageio.v3 as iio
+def save_webp(
+    frames,
+    path: Path,
+    fps: float = 8,
+    settings: Mapping[str, Any] | None = None,
+    replace: bool = False,
+    quality: int = 90,
+    plays: int = 0,
+) -> None:
+    """Writes an animated WebP of (f, h, w, 3) frames; `settings` go into its EXIF user comment.
 
-    part = path.with_name(f".{path.stem}.part.mp4")
-    iio.imwrite(part, to_uint8(frames), fps=fps, codec="libx264", macro_block_size=2, output_params=["-crf", "14"])
-    os.replace(part, path)
+    quality: 0 to 100, where 100 loses nothing. plays: how often; 0 = endless.
+    """
+    images = [Image.fromarray(frame) for frame in to_uint8(frames)]
+    options: dict[str, Any] = {"duration": delays(len(images), fps, 1000), "loop": plays}
+    options |= {"lossless": True, "exact": True} if quality == 100 else {"quality": quality}
+    if settings:
+        exif = Image.Exif()
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII + json.dumps(dict(settings)).encode()  # json escapes what is not ASCII
+        options["exif"] = exif
+    with written_aside(path, replace) as part:
+        images[0].save(part, "WEBP", save_all=True, append_images=images[1:], **options)
+
+
+def save_mp4(frames, path: Path, fps: float = 8, settings: Mapping[str, Any] | None = None, replace: bool = False, crf: int = 14) -> None:
+    """Writes (f, h, w, 3) frames as H.264 in yuv420p, which plays everywhere; `settings` go into the file as its comment.
+
+    yuv420p keeps colours for two by two pixels, so an odd height or width gets its last row or column twice.
+    crf: x264's constant rate factor, 0 to 51; lower is better and larger, by half for 6.
+    """
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    frames = to_uint8(frames)
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    pixels = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-framerate", str(fps), "-i", "-"]
+    coded = ["-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", "-colorspace", "smpte170m", "-movflags", "+faststart"]
+    comment = ["-metadata", f"comment={as_json(settings)}"] if settings else []
+    with written_aside(path, replace) as part:
+        command = [get_ffmpeg_exe(), "-y", "-v", "error", *pixels, *coded, *comment, "-f", "mp4", str(part)]
+        done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
+        if done.returncode:
+            said = (done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(f"{path} could not be written: ffmpeg says {said[:200]}")
+
+
+def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None, replace: bool = False) -> None:
+    """Writes one picture; `settings` go into its text entry Comment."""
+    info = PngInfo()
+    if settings:
+        info.add_itxt("Comment", as_json(settings))
+    with written_aside(path, replace) as part:
+        image.save(part, "PNG", pnginfo=info)
+
+
+def save_frames(frames, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Writes each of (f, h, w, 3) frames as a PNG into a new folder: 0000.png and so on, each with the settings."""
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
+        whole = Path(aside) / folder.name
+        for i, frame in enumerate(to_uint8(frames)):
+            save_png(Image.fromarray(frame), whole / f"{i:04d}.png", settings)
+        os.rename(whole, folder)  # fails where another took the name and wrote into it
+
+
+def delays(frames: int, fps: float, ticks: int) -> list[int]:
+    """How long each frame stays, in ticks of which a second has so many; whole ones, spread so that their sum is right."""
+    return np.diff(np.round(np.arange(frames + 1) * ticks / fps).astype(int)).tolist()
+
+
+def as_json(settings: Mapping[str, Any]) -> str:
+    return json.dumps(dict(settings), ensure_ascii=False)
 
 
 class written_aside:
@@ -68,13 +152,18 @@ class written_aside:
             self.part.unlink(missing_ok=True)
 
 
+def free_name(folder: Path, name: str, suffixes: Sequence[str]) -> str:
+    """The name, with a number where need be, under which no file with any of the suffixes lies in the folder yet."""
+    number, free = 1, name
+    while any(os.path.lexists(folder / f"{free}{suffix}") for suffix in suffixes):
+        number += 1
+        free = f"{name}-{number}"
+    return free
+
+
 def free_path(folder: Path, prompt: str, seed: int, suffix: str = ".gif") -> Path:
     """A name from prompt and seed that no file in the folder has yet."""
-    number, path = 1, folder / f"{slug(prompt)}-seed{seed}{suffix}"
-    while path.exists():
-        number += 1
-        path = folder / f"{slug(prompt)}-seed{seed}-{number}{suffix}"
-    return path
+    return folder / f"{free_name(folder, f'{slug(prompt)}-seed{seed}', [suffix])}{suffix}"
 
 
 def slug(text: str) -> str:

@@ -97,6 +97,11 @@ SAMPLING = {
         "scheduler eta"
     ),
     "test_sample.py::test_prompts": "validation_prompts_path prompt eval_human",
+    "test_sample.py::test_several_videos_of_a_prompt": "num_videos_per_prompt",
+    "test_sample.py::test_a_video_is_made_again": "from_json output_format",
+    "test_sample.py::test_other_weights_are_refused": "from_json",
+    "test_sample.py::test_a_grid": "grid",
+    "test_outputs.py::test_every_format_as_the_arguments_say": "output_format fps gif_dither gif_loop mp4_crf webp_quality",
     "test_sample.py::test_how_it_computes": "dtype enable_xformers_memory_efficient_attention",
     "test_sample.py::test_the_noise": (
         "num_train_timesteps beta_start beta_end beta_schedule steps_offset clip_sample timestep_spacing set_alpha_to_one prediction_type "
@@ -133,6 +138,7 @@ def another_value(f):
         "beta_end": 0.5, "sample_size": "16x24", "min_timestep": 1, "hub_model_id": "owner/name",
         "validation_fraction": 0.0, "loss_weighting": "none",  # they exclude validation_csv and snr_gamma
         "eta": 0.0,  # another scheduler than ddim excludes it
+        "output_format": ["webp", "gif"], "grid": ["seed=1,2", "guidance_scale=3"],
     }  # fmt: skip
     kinds = {"int": 3, "float": 0.25, "bool": not f.default, "str": "a text"}
     if f.name in chosen:
@@ -149,7 +155,9 @@ def another_value(f):
 
 @pytest.mark.parametrize("kind", [TrainConfig, SampleConfig])
 def test_command_lines_and_files_say_the_same(kind, tmp_path):
-    values = {f.name: another_value(f) for f in fields(kind) if f.init and f.name != "resume_from_checkpoint"}  # it would be read
+    values = {
+        f.name: another_value(f) for f in fields(kind) if f.init and f.name not in ("resume_from_checkpoint", "from_json")
+    }  # they would be read
     if kind is SampleConfig:
         values["sft_type"] = "lora"  # as merging wants it
     (tmp_path / "run.json").write_text(json.dumps(values))

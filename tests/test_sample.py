@@ -18,6 +18,7 @@ from anidiff_jax.config import PROMPTS, SampleConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.lora import init_lora
 from anidiff_jax.models.layers import Settings
+from anidiff_jax.outputs import check_models, record_of, settings_of
 from anidiff_jax.pipeline import AnimateDiffPipeline
 from anidiff_jax.weights.base import load_model
 from anidiff_jax.weights.loras import save_lora
@@ -213,3 +214,163 @@ def test_merging(load, lora, tmp_path, capsys, monkeypatch):
     assert (folder / "config.json").stat().st_mtime_ns == before
     load(*words, "--replace_if_exists", "true")
     assert (folder / "config.json").stat().st_mtime_ns > before
+
+
+SMALL = ["--sample_size", "16", "--sample_n_frames", "4", "--num_inference_steps", "2"]
+
+
+@pytest.fixture
+def sampled(base, adapter, tmp_path, monkeypatch, capsys):
+    """sampled(word, …) → (the files that were printed, the log), from the tiny base itself"""
+
+    def sampled(*words, models=True):
+        given = ["--model_id_or_path", base, "--motion_adapter_id_or_path", adapter, *SMALL] if models else []
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--output_path", str(tmp_path / "out"), *map(str, [*given, *words])])
+        monkeypatch.setattr("anidiff_jax.parallel.set_up_jax", lambda: None)
+        sample.main()
+        out, err = capsys.readouterr()
+        return [Path(line) for line in out.splitlines()], err
+
+    return sampled
+
+
+def test_several_videos_of_a_prompt(asked):
+    calls, printed = asked("--prompt", "a star", "--seed", 5, "--num_videos_per_prompt", 3)
+    assert [call["seed"] for call in calls] == [5, 6, 7]
+    assert [Path(path).name for path in printed] == [f"a-star-seed{seed}.gif" for seed in (5, 6, 7)]
+    assert [settings_of(path)["seed"] for path in printed] == [5, 6, 7]
+
+
+def test_a_video_is_made_again(sampled, lora, tmp_path):
+    """From any file that holds its settings, bit for bit; what is given besides changes it."""
+    words = ["--prompt", "a star, größer", "--negative_prompt", "a = b", "--lora", f"{lora}:0.3", "--guidance_scale", 3, "--fps", 5]
+    words += ["--beta_end", 0.02, "--output_format", "gif", "mp4", "png", "--num_videos_per_prompt", 2, "--validation_prompts_path", "none"]
+    made, _ = sampled(*words)
+    gif, mp4, folder = made[3:]  # of the second
+    again, log = sampled("--from_json", mp4, "--output_path", tmp_path / "again", models=False)
+    assert [path.name for path in again] == [path.name for path in (gif, mp4, folder)]
+    assert log == ""
+    for path, other in ((gif, again[0]), (mp4, again[1]), (folder / "0003.png", again[2] / "0003.png")):
+        assert path.read_bytes() == other.read_bytes()
+    assert gif.with_suffix(".json").read_bytes() == again[0].with_suffix(".json").read_bytes()
+
+    elsewhere = ["--output_path", tmp_path / "elsewhere", "--output_format", "gif"]
+    (other,), log = sampled("--from_json", folder, *elsewhere, "--seed=9", "--lora", f"{lora}:0.6", models=False)
+    assert other.name == "a-star-größer-seed9.gif"
+    assert log == ""  # the LoRA is the same, only stronger
+    changed = {"seed": 9, "lora": [f"{lora}:0.6"], "output_format": ["gif"]}
+    assert settings_of(other) == {**settings_of(gif), **changed}
+    prompts = parse(SampleConfig, ["--from_json", str(other), "--validation_prompts_path", "prompts.txt"])
+    assert (prompts.prompt, prompts.validation_prompts_path, prompts.fps) == (None, "prompts.txt", 5)
+
+
+@pytest.fixture
+def noted(load, tmp_path):
+    """noted(word, …) → a JSON as a video of the pipeline for those words would have it, and the pipeline"""
+
+    def noted(*words):
+        pipeline = load(*words)
+        config = parse(SampleConfig, ["--prompt", "a star", *CLIP, *map(str, words)])
+        (tmp_path / "a.json").write_text(json.dumps(record_of(config, pipeline)))
+        return tmp_path / "a.json", pipeline
+
+    return noted
+
+
+def again(*words):
+    """The pipeline for those words, as sample.py checks it."""
+    config = parse(SampleConfig, [str(word) for word in words])
+    pipeline = sample.load(config)
+    check_models(config, record_of(config, pipeline))
+    return pipeline
+
+
+def test_a_merged_lora_is_merged_again(noted, lora, adapter, base, tmp_path):
+    checkpoint = shutil.copytree(lora, tmp_path / "iter-3")
+    models = ["--model_id_or_path", base, "--motion_adapter_id_or_path", adapter]
+    path, merged = noted(*models, "--ckpt_dir", checkpoint, "--merge_lora", "true", "--lora", lora)
+    assert list(merged.hashes)[4:] == ["lora_1", "lora_2"]
+    shutil.rmtree(tmp_path / "iter-3-merged")
+    repeated = again("--from_json", path)
+    assert repeated.hashes == merged.hashes
+    assert not (tmp_path / "iter-3-merged").exists()
+    ours, theirs = (flatten(pipeline.model.params["unet"]) for pipeline in (repeated, merged))
+    assert all((ours[key] == theirs[key]).all() for key in theirs)
+
+
+def test_other_weights_are_refused(noted, lora, adapter, base, tmp_path, caplog):
+    own = reference.write_adapter(tmp_path / "own", reference.adapter(seed=5))
+    models = ["--model_id_or_path", base, "--motion_adapter_id_or_path", own]
+    path, _ = noted(*models, "--lora", lora)
+    again("--from_json", path)
+    reference.write_adapter(tmp_path / "moved", reference.adapter(seed=5))
+    reference.write_adapter(tmp_path / "own", reference.adapter(seed=6))
+    wanted = (
+        r"a\.json was made with other weights of the motion modules: \w{16} then, \w{16} now; say with --motion_adapter_id_or_path where"
+    )
+    with pytest.raises(UserError, match=wanted) as error:
+        again("--from_json", path)
+    assert "\n" not in str(error.value)
+    again("--from_json", path, "--motion_adapter_id_or_path", tmp_path / "moved" / "adapter")
+    assert caplog.text == ""
+    again("--from_json", path, "--motion_adapter_id_or_path", adapter)
+    assert "motion modules" in caplog.text
+    assert "the video will be another" in caplog.text
+
+    record = json.loads(path.read_text()) | {"hashes": None}
+    path.write_text(json.dumps(record))
+    again("--from_json", path)
+    assert "holds no hashes of weights" in caplog.text
+
+
+def test_a_grid(asked, load, tmp_path, monkeypatch):
+    pipeline = load()
+    monkeypatch.setattr(sample, "load", lambda _: pipeline)
+    calls, printed = asked("--prompt", "a star", *CLIP, "--grid", "seed=1,2,3", "guidance_scale=4,8.5", "--negative_prompt", "x")
+    assert [(call["guidance_scale"], call["seed"]) for call in calls] == [(g, seed) for g in (4, 8.5) for seed in (1, 2, 3)]
+    assert {call["negative_prompt"] for call in calls} == {"x"}
+    *single, gif, png = map(Path, printed)
+    assert [path.name for path in (gif, png)] == [f"grid-a-star-seed-guidance_scale{suffix}" for suffix in (".gif", ".png")]
+    assert [(settings_of(path)["guidance_scale"], settings_of(path)["seed"]) for path in single] == [
+        (g, s) for g in (4, 8.5) for s in (1, 2, 3)
+    ]
+    assert Image.open(gif).n_frames == 3
+    assert Image.open(gif).size == Image.open(png).size
+    assert settings_of(png)["grid"] == ["seed=1,2,3", "guidance_scale=4.0,8.5"]
+    again, _ = asked("--from_json", png)
+    assert again == calls
+    assert [call["seed"] for call in asked("--from_json", gif, "--grid", "seed=7,8")[0]] == [7, 8]
+
+    file = tmp_path / "prompts.txt"
+    file.write_text("one, two\nthree | four\n")
+    calls, printed = asked("--validation_prompts_path", file, *CLIP, "--grid", "prompt")
+    assert [call["prompt"] for call in calls] == ["one, two", "three | four"]
+    assert Path(printed[-1]).name == "grid-prompt-seed42.png"
+    assert [call["prompt"] for call in asked("--from_json", printed[-1])[0]] == ["one, two", "three | four"]
+    calls, printed = asked("--prompt", "a star", *CLIP, "--grid", "negative_prompt=|a, b", "--num_videos_per_prompt", 2)
+    assert [(call["negative_prompt"], call["seed"]) for call in calls] == [("", 42), ("a, b", 42), ("", 43), ("a, b", 43)]
+    assert sum("grid-" in path for path in printed) == 4
+    two_prompts, _ = asked(*CLIP, "--grid", "seed=1,2", "--validation_prompts_path", file)
+    assert [(call["prompt"], call["seed"]) for call in two_prompts] == [(p, s) for p in ("one, two", "three | four") for s in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--grid", "sed=1,2"], "there is no argument sed; give NAME=VALUE,VALUE where NAME is one of guidance_scale"),
+        (["--grid", "sample_size=16,32"], "sample_size is the same for all videos of a run"),
+        (["--grid", "seed=1,x"], "grid seed=1,x: argument --seed: invalid int value: 'x'"),
+        (["--grid", "num_inference_steps=0,2"], "num_inference_steps 0 must be at least 1"),
+        (["--grid", "seed=1", "prompt=a|b", "guidance_scale=2"], "grid has 3 lists"),
+        (["--grid", "seed=1", "seed=2"], "grid names seed twice"),
+        (["--grid", "seed=1,2", "--num_videos_per_prompt", "2"], "both say which seeds"),
+        (["--grid", "prompt", "--eval_human"], "grid prompt needs to know all prompts"),
+        (["--output_format", "avi"], "invalid choice: 'avi'"),
+        (["--from_json", "none.json"], "none.json is no file"),
+    ],
+)
+def test_mistakes_about_what_is_made(asked, words, message):
+    with pytest.raises(UserError) as error:
+        asked(*words)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

@@ -12,6 +12,7 @@ from diffusers import MotionAdapter, UNet2DConditionModel
 from PIL import Image, ImageSequence
 from safetensors.numpy import load_file
 
+from anidiff_jax.outputs import settings_of
 from anidiff_jax.shapes.clips import write_clips
 from anidiff_jax.weights.sources import CLIP_TOKENIZER
 from tests import reference
@@ -81,6 +82,9 @@ def test_three_files_make_a_video(script, hub, tmp_path):
     one, other = ([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(Image.open(path))] for path in videos)
     assert np.array_equal(one, other)
     assert np.std(one) > 0
+    hashes = [settings_of(path)["hashes"] for path in videos]  # they are of the weights, whatever form those are in
+    assert hashes[0] == hashes[1]
+    assert hashes[0].keys() == {"unet", "motion_modules", "vae", "text_encoder", "lora_1"}
 
 
 def test_the_four_commands(script, base, adapter, clips, tmp_path):

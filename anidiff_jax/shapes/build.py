@@ -121,7 +121,7 @@ def make_wide_text_encoder(work: Path, out: Path) -> dict:
 
     encoder, tokenize = text_encoder()
     tensors = NAMES["text_encoder"](tensors_in(work / "text_encoder", STEMS["text_encoder"]))
-    teacher = load(shapes(encoder), tensors, lambda _: "float32", work)
+    teacher, _ = load(shapes(encoder), tensors, lambda _: "float32", work)
     params, left = widen_text_encoder(encoder, teacher, tokenize, WIDE_TEXT_UPDATES, SEED)
     write_part(params, text_config(), out, STEMS["text_encoder"])
     return {"updates": WIDE_TEXT_UPDATES, **left}

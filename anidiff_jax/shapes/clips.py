@@ -35,7 +35,7 @@ def write_clips(
     chosen = [next_scene for _, next_scene in zip(range(count), scenes(seed, motion, things=things), strict=False)]
     names = [f"{i:05d}-{scene.color}-{scene.thing}.mp4" for i, (scene, _) in enumerate(chosen)]
     with ThreadPoolExecutor(2) as pool:  # ffmpeg works in a process of its own
-        list(pool.map(lambda name, item: save_mp4(render(item[0], frames, SIDE), folder / name, FPS), names, chosen))
+        list(pool.map(lambda name, item: save_mp4(render(item[0], frames, SIDE), folder / name, FPS, replace=True), names, chosen))
     path = folder / "clips.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -26,6 +26,7 @@ from anidiff_jax.parallel import is_main, on_each_device, wait_for_all
 from anidiff_jax.pipeline import AnimateDiffPipeline, encode_text
 from anidiff_jax.training.step import FRAMES_AT_ONCE, encode_frames
 from anidiff_jax.weights import files
+from anidiff_jax.weights.hashes import hash_of
 
 
 def fill_cache(folder: Path, records: Records, config: TrainConfig, pipeline: AnimateDiffPipeline) -> LatentCache:
@@ -51,19 +52,11 @@ def recipe(records: Records, config: TrainConfig, pipeline: AnimateDiffPipeline,
         rows.update(f"{name}\0{caption}\0".encode())
     return {
         "clips": rows.hexdigest(),
-        "base_model": _hash_of(pipeline.model.params["vae"], pipeline.model.params["text_encoder"]),
+        "base_model": hash_of(pipeline.model.params["vae"], pipeline.model.params["text_encoder"]),
         "sample_size": f"{config.height}x{config.width}",
         "random_flip": config.random_flip,
         "dtype": "float16" if half else "float32",
     }
-
-
-def _hash_of(*trees) -> str:
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def _claim(folder: Path, wanted: dict[str, Any]) -> None:

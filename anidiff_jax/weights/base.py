@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Model:
     motion: MotionConfig | None
     unet_json: dict[str, Any]
     scheduler: dict[str, Any]  # scheduler_config.json of the base, {} where it has none
+    hashes: dict[str, str] = field(default_factory=dict)  # of what was loaded: unet, motion_modules, vae, text_encoder
 
     def layers(self) -> dict[str, list[str]]:
         """Names of the layers of the networks that a LoRA may adapt."""
@@ -107,17 +108,17 @@ def load_model(
     _check_fit(networks, source.where)
     motion_shapes, image_shapes = split(shapes(networks.unet), is_motion)
     # The largest first: while a tensor is read and transposed, memory holds it twice.
-    weights = load(image_shapes, unet_tensors, dtype_of, where)
+    hashes = {}
+    weights, hashes["unet"] = load(image_shapes, unet_tensors, dtype_of, where)
     if motion_tensors:
-        weights = merge(weights, load(motion_shapes, motion_tensors, dtype_of, motion_adapter or where))
+        modules, hashes["motion_modules"] = load(motion_shapes, motion_tensors, dtype_of, motion_adapter or where)
+        weights = merge(weights, modules)
     elif motion is not None:
         weights = merge(weights, draw(motion_shapes, seed))
-    params = {
-        "unet": weights,
-        "vae": load(shapes(networks.vae), source.named("vae"), lambda _: dtype, f"{source.where}: VAE"),
-        "text_encoder": load(shapes(networks.text_encoder), source.named("text_encoder"), lambda _: dtype, f"{source.where}: CLIP"),
-    }
-    return Model(networks, params, load_tokenizer(tokenizer_of(source)), motion, unet_json, source.scheduler)
+    params = {"unet": weights}
+    for part, network, name in (("vae", networks.vae, "VAE"), ("text_encoder", networks.text_encoder, "CLIP")):
+        params[part], hashes[part] = load(shapes(network), source.named(part), lambda _: dtype, f"{source.where}: {name}")
+    return Model(networks, params, load_tokenizer(tokenizer_of(source)), motion, unet_json, source.scheduler, hashes)
 
 
 def load_tokenizer(folder: Path):

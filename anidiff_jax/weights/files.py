@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anidiff_jax.errors import UserError, read_text
+from anidiff_jax.weights.hashes import hash_of, spread
 from anidiff_jax.weights.tensors import Tensor, tensors_of, write_tensors
 from anidiff_jax.weights.tree import Flat, Tree, flatten, unflatten
 
@@ -82,8 +83,11 @@ def their_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape) if axes is None else tuple(shape[i] for i in np.argsort(axes))
 
 
-def load(expected: Mapping[str, Any], tensors: dict[str, Tensor], dtype_of, where: str | Path) -> Tree:
-    """Reads exactly the `expected` parameters (a tree of shapes); `dtype_of(key)` gives each one's type, None as stored.
+def load(expected: Mapping[str, Any], tensors: dict[str, Tensor], dtype_of, where: str | Path) -> tuple[Tree, str]:
+    """(exactly the `expected` parameters (a tree of shapes), a hash of them); `dtype_of(key)` gives each one's type, None as stored.
+
+    The hash is of names, shapes, stored types and a spread of each tensor's values as they are read, so it costs nothing to speak
+    of, and is the same for the same weights in another format or under another naming, and whatever type they are computed in.
 
     Empties `tensors` on the way, so that memory never holds two models. A tensor that is missing, left over or of another
     shape is a UserError that names it.
@@ -94,16 +98,17 @@ def load(expected: Mapping[str, Any], tensors: dict[str, Tensor], dtype_of, wher
             some = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise UserError(f"{where} {kind} {some}: it does not fit its config.json, or is of another kind of model")
     params: Flat = {}
+    seen: Flat = {}
     for key, like in wanted.items():
         shape = their_shape(key, like.shape)
         stored = tensors[key].shape
-        # Old files keep the VAE's Linear weights as convolutions of size 1.
         as_conv = (*shape, 1, 1) if len(shape) == 2 else None  # as old files keep the VAE's Linear weights
         if stored not in (shape, as_conv):
             raise UserError(f"{where}: {key} has shape {list(stored)}, expected {list(shape)}: it does not fit its config.json")
-        array = to_ours(key, tensors.pop(key).read().reshape(shape))
-        params[key] = jnp.asarray(array, dtype=dtype_of(key) or array.dtype)
-    return unflatten(params)
+        array = tensors.pop(key).read().reshape(shape)
+        seen[f"{key} {array.dtype} {shape}"] = spread(array)
+        params[key] = jnp.asarray(to_ours(key, array), dtype=dtype_of(key) or array.dtype)
+    return unflatten(params), hash_of(seen)[:16]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights import files
+from anidiff_jax.weights.hashes import hash_of
 from anidiff_jax.weights.original import original_names, our_name
 from anidiff_jax.weights.tensors import PICKLES, Tensor, metadata_of, tensors_of
 from anidiff_jax.weights.tree import Tree, flatten, unflatten
@@ -42,6 +44,11 @@ class Lora:
 
     unet: Tree = field(default_factory=dict)
     text_encoder: Tree = field(default_factory=dict)
+
+    @cached_property
+    def hash(self) -> str:
+        """Of its weights."""
+        return hash_of(self.unet, self.text_encoder)[:16]
 
 
 @dataclass

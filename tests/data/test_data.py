@@ -182,7 +182,7 @@ def test_bad_videos_are_left_out_counted_and_named(folder, tmp_path, caplog):
     (tmp_path / names[0]).write_bytes((tmp_path / names[0]).read_bytes()[:900])
     (tmp_path / names[1]).write_bytes(b"")
     (tmp_path / names[2]).write_text("<html>not found</html>")
-    save_mp4(np.zeros((2, 64, 64, 3), np.uint8), tmp_path / names[3])
+    save_mp4(np.zeros((2, 64, 64, 3), np.uint8), tmp_path / names[3], replace=True)
     clips = clips_of(read_records(str(tmp_path / "clips.csv"), str(tmp_path)))
     with caplog.at_level(logging.WARNING):
         stream = batches(clips, 2)
