@@ -80,10 +80,18 @@ def few_clips() -> dict:
 
 
 def curves() -> dict:
-    """Scores and validation loss of the checkpoints that `anidiff_jax.shapes.build --work build` left of its motion stage."""
+    """Scores and validation loss of the checkpoints that `anidiff_jax.shapes.build --work build` left of its motion rounds.
+
+    Only of those rounds that trained on the last image model: the others' modules were made for another.
+    """
     build, result = HERE.parent / "build", {}
-    base, before = sorted(build.glob("base-*"))[-1], 0
-    for stage in sorted(build.glob("motion-*"), key=lambda path: int(path.name.split("-")[1])):
+    number = lambda path: int(path.name.split("-")[1])
+    base, before = max(build.glob("base-*"), key=number), 0
+    rounds = [stage for stage in build.glob("motion-*") if (stage / "stage.json").exists()]
+    for stage in sorted(rounds, key=number):
+        settings = json.loads(next(stage.glob("run/ad-*/config.json")).read_text())
+        if Path(settings["model_id_or_path"]).name != base.name:
+            continue
         runs = {int(path.name.split("-")[1]): path for path in stage.glob("run/ad-*/checkpoints/iter-*")}
         updates = int(json.loads((stage / "stage.json").read_text())["max_steps"])
         for step, path in sorted({**runs, updates: stage / "checkpoint"}.items()):
