@@ -41,7 +41,7 @@ def main() -> None:
         outputs.check_models(config, outputs.record_of(config, pipeline))
     for prompt in prompts:
         for i in range(config.num_videos_per_prompt):
-            asked = config.but(prompt=prompt, seed=config.seed + i)
+            asked = config.but(prompt=prompt, seed=config.seed + i, num_videos_per_prompt=1)
             if axes:
                 sample_grid(pipeline, asked, axes)
             else:

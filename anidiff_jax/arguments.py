@@ -31,7 +31,7 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
 
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".json", ".yaml", ".yml")) and not words[0].startswith("-"):
-        words = _words_of_file(Path(words[0]).expanduser()) + words[1:]
+        words = _words_of_file(Path(words[0]).expanduser(), words[1:]) + words[1:]
     words = _words_of_run(words) + words
     if kind is SampleConfig:
         words = _words_of_video(words) + words
@@ -92,7 +92,7 @@ def _words_of_run(words: list[str]) -> list[str]:
     from anidiff_jax.training.runs import find_checkpoint
 
     checkpoint = find_checkpoint(where, given.get("__output_dir", TrainConfig.output_dir))
-    return _words_of_file(checkpoint / "train_config.json")
+    return _words_of_file(checkpoint / "train_config.json", words)
 
 
 def _words_of_video(words: list[str]) -> list[str]:
@@ -103,9 +103,20 @@ def _words_of_video(words: list[str]) -> list[str]:
         return []
     from anidiff_jax.outputs import arguments_in, settings_of
 
-    anew = {name.removeprefix("__") for name in given}
-    anew |= {name.removeprefix("no_") for name in anew} | ({"prompt"} if "validation_prompts_path" in anew else set())
-    return _as_words({name: value for name, value in arguments_in(settings_of(where)).items() if name not in anew})
+    anew = _names(words)
+    anew |= {"prompt"} if "validation_prompts_path" in anew else set()
+    anew |= {"prediction_type"} if "model_id_or_path" in anew else set()  # it was the other model's own
+    anew |= PRESETS.get(given.get("__preset", ""), {}).keys()
+    record = settings_of(where)
+    if "model_id_or_path" not in record and not anew & {"model_id_or_path", "ckpt_dir"}:
+        raise UserError(f"{where} does not say which model made it, as samples of training do not: give --model_id_or_path, or --ckpt_dir")
+    return _as_words({name: value for name, value in arguments_in(record).items() if name not in anew})
+
+
+def _names(words: list[str]) -> set[str]:
+    """The arguments that are given."""
+    names = {name.removeprefix("__") for name in _given(words)}
+    return names | {name.removeprefix("no_") for name in names}
 
 
 def _given(words: list[str]) -> dict[str, str]:
@@ -114,8 +125,8 @@ def _given(words: list[str]) -> dict[str, str]:
     return {name.replace("-", "_"): value for name, value in pairs if name.startswith("--")}
 
 
-def _words_of_file(path: Path) -> list[str]:
-    """A config file as the words of a command line; of a run's own, what was given then."""
+def _words_of_file(path: Path, others: list[str]) -> list[str]:
+    """A config file as the words of a command line, but for what is among the `others`; of a run's own, what was given then."""
     if not path.is_file():
         raise UserError(f"config file {path} does not exist")
     text = read_text(path)
@@ -130,8 +141,10 @@ def _words_of_file(path: Path) -> list[str]:
         raise UserError(f"config file {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"config file {path} must hold names and values at its top level")
+    if "made_by" in values and "prompt" in values:
+        raise UserError(f"{path} says how a video was made: give it to sample.py as --from_json {path}")
     given = values.pop("given", values)
-    return _as_words({name: value for name, value in values.items() if name in given})
+    return _as_words({name: value for name, value in values.items() if name in given and name not in _names(others)})
 
 
 def _as_words(values: Mapping[str, Any]) -> list[str]:

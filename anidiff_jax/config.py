@@ -129,7 +129,7 @@ class _Shared:
     beta_start: float = arg(0.00085, "variance of the noise's first step")
     beta_end: float = arg(0.012, "variance of the noise's last step")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = arg("linear", "how the variance grows between them")
-    steps_offset: int = arg(1, "added to every timestep of sampling")
+    steps_offset: int = arg(1, "with leading, added to every timestep of sampling")
     clip_sample: bool = arg(False, "clip the predicted clean latents to [-1, 1] in sampling")
     timestep_spacing: Literal["leading", "linspace", "trailing"] = arg("leading", "which of these steps sampling visits")
     set_alpha_to_one: bool = arg(True, "the last step of ddim and pndm ends at the clean image; false = at the noise's first step")
@@ -297,6 +297,11 @@ class TrainConfig(_Shared):
     push_hub_strategy: Literal["push_last", "push_best", "all_checkpoints"] = arg("push_best", "with push_to_hub: what to push")
     hub_token: str | None = field(default=None, repr=False, metadata={"help": "with push_to_hub: access token; never stored"})
 
+    @property
+    def timesteps(self) -> tuple[int, int]:
+        """The first step of noise that is drawn, and the one after the last."""
+        return self.min_timestep, self.num_train_timesteps if self.max_timestep is None else self.max_timestep
+
     def __post_init__(self):
         super().__post_init__()
         for name in ("batch_size", "gradient_accumulation_steps", "num_train_epochs", "lora_rank", "eval_steps", "dataloader_num_workers"):
@@ -305,7 +310,8 @@ class TrainConfig(_Shared):
             raise UserError(
                 f"snr_gamma {self.snr_gamma} must be above 0, and goes without loss_weighting: both weigh the loss by its noise"
             )
-        if not 0 <= self.min_timestep < (self.max_timestep or self.num_train_timesteps) <= self.num_train_timesteps:
+        first, end = self.timesteps
+        if not 0 <= first < end <= self.num_train_timesteps:
             raise UserError(
                 f"min_timestep {self.min_timestep} and max_timestep {self.max_timestep} must satisfy "
                 f"0 <= min_timestep < max_timestep <= num_train_timesteps, which is {self.num_train_timesteps}"

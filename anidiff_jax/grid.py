@@ -47,6 +47,8 @@ def axes_of(config: SampleConfig, prompts: Iterable[str]) -> list[Axis]:
         raise UserError(f"grid names {axes[0].name} twice: give one list of it")
     if config.num_videos_per_prompt > 1 and any(axis.name == "seed" for axis in axes):
         raise UserError("grid over seeds and num_videos_per_prompt both say which seeds: give one of them")
+    if axes:
+        cells(config, axes)  # what does not go together is told now
     return axes
 
 

@@ -23,9 +23,10 @@ from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.unet import UNet
 from anidiff_jax.models.vae import AutoencoderKL
 from anidiff_jax.random import purpose
-from anidiff_jax.weights.base import EMBEDDED, Model, load_model
+from anidiff_jax.weights.base import EMBEDDED, Model, load_model, tell_norms
 from anidiff_jax.weights.hub import resolve
-from anidiff_jax.weights.loras import Lora, check_fits, load_lora
+from anidiff_jax.weights.kinds import recorded_norms
+from anidiff_jax.weights.loras import Lora, check_fits, file_of, load_lora
 from anidiff_jax.weights.sources import base_source
 from anidiff_jax.weights.tree import Tree, flatten, is_motion
 
@@ -181,6 +182,7 @@ class AnimateDiffPipeline:
         adapter = load_lora(path, self.model.layers())
         if any(map(is_motion, flatten(adapter.unet))) and not self.model.networks.unet.config.has_motion:
             raise UserError(f"{path} is a LoRA of motion modules: give the motion adapter that it was trained on as well")
+        tell_norms(recorded_norms(file_of(path)), self.model.networks.unet.settings, path)
         for part in PARTS:
             check_fits(getattr(adapter, part), self.model.params[part], path)
         self.loras.append((adapter, scale))

@@ -1,4 +1,4 @@
-"""Imports a motion adapter in diffusers layout into an Orbax checkpoint of ours.
+"""Imports motion modules of any kind into an Orbax checkpoint of ours.
 
 python convert/import_motion_adapter.py --motion_adapter_id_or_path ADAPTER --output adapter-orbax [--verify --model_id_or_path SD15]
 

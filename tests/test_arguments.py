@@ -242,3 +242,16 @@ def test_prompts_ship_with_the_package():
         for model, path in ((None, EMBEDDED_PROMPTS), ("a/model", PROMPTS)):
             assert path in shipped
             assert kind(model_id_or_path=model).prompts() == [line for line in path.read_text().splitlines() if line.strip()]
+
+
+def test_a_list_on_the_command_line_takes_the_place_of_a_files(tmp_path):
+    (tmp_path / "run.yaml").write_text("output_format: [gif, webp]\nlora: [one, two]\nseed: 3\n")
+    config = parse(SampleConfig, [str(tmp_path / "run.yaml"), "--output_format", "mp4", "--lora=three:0.5"])
+    assert (config.output_format, config.lora, config.seed) == (["mp4"], ["three:0.5"], 3)
+    assert parse(SampleConfig, [str(tmp_path / "run.yaml"), "--seed", "4"]).output_format == ["gif", "webp"]
+
+
+def test_a_record_of_a_video_is_no_settings_file(tmp_path):
+    (tmp_path / "a.json").write_text('{"prompt": "a star", "seed": 1, "made_by": "anidiff-jax"}')
+    with pytest.raises(UserError, match="--from_json"):
+        parse(SampleConfig, [str(tmp_path / "a.json")])

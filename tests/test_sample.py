@@ -260,8 +260,28 @@ def test_a_video_is_made_again(sampled, lora, tmp_path):
     assert log == ""  # the LoRA is the same, only stronger
     changed = {"seed": 9, "lora": [f"{lora}:0.6"], "output_format": ["gif"]}
     assert settings_of(other) == {**settings_of(gif), **changed}
+    recipe = parse(SampleConfig, ["--from_json", str(other), "--preset", "lightning", "--guidance_scale", "2"])
+    assert (recipe.scheduler, recipe.num_inference_steps, recipe.guidance_scale, recipe.seed) == ("euler", 4, 2.0, 9)
+    assert recipe.beta_end == SampleConfig.beta_end
+    assert parse(SampleConfig, ["--from_json", str(other), "--model_id_or_path", "SD"]).prediction_type is None
     prompts = parse(SampleConfig, ["--from_json", str(other), "--validation_prompts_path", "prompts.txt"])
     assert (prompts.prompt, prompts.validation_prompts_path, prompts.fps) == (None, "prompts.txt", 5)
+
+
+def test_a_video_of_another_scheduler_is_made_again(sampled, tmp_path):
+    words = ["--prompt", "a star", "--preset", "lcm", "--prediction_type", "v_prediction", "--num_inference_steps", 3]
+    (gif,), _ = sampled(*words)
+    (again,), log = sampled("--from_json", gif, "--output_path", tmp_path / "again", models=False)
+    assert gif.read_bytes() == again.read_bytes()
+    assert log == ""
+    assert settings_of(gif)["scheduler"] == "lcm"
+
+
+def test_a_sample_of_training_does_not_pass_for_one_of_ours(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"prompt": "a star", "seed": 3}))
+    with pytest.raises(UserError, match="does not say which model made it"):
+        parse(SampleConfig, ["--from_json", str(tmp_path / "a.json")])
+    assert parse(SampleConfig, ["--from_json", str(tmp_path / "a.json"), "--ckpt_dir", "iter-2"]).seed == 3
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import numpy as np
 
 from anidiff_jax.scores import general_scores
 from anidiff_jax.shapes.clips import scenes
-from anidiff_jax.shapes.render import HELD_OUT_WORDINGS, Scene
+from anidiff_jax.shapes.render import HELD_OUT_WORDINGS, THINGS, Scene
 from anidiff_jax.shapes.scores import judge, read
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ STILL = ("color", "background", "thing", "front")
 
 def prompts(count: int, seed: int = 1, things: Sequence[str] | None = None) -> list[tuple[Scene, str]]:
     """(scene, prompt): half of them combinations of thing, colour and background that training leaves out."""
-    pools = [((s, c) for s, c in scenes(seed + 10_000, unseen=unseen) if things is None or s.thing in things) for unseen in (True, False)]
+    pools = [scenes(seed + 10_000, unseen=unseen, things=things or tuple(THINGS)) for unseen in (True, False)]
     drawn = chain.from_iterable(zip(*pools, strict=False))
     return [(scene, scene.caption(i // 2, HELD_OUT_WORDINGS)) for i, (scene, _) in zip(range(count), drawn, strict=False)]
 

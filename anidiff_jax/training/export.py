@@ -54,16 +54,21 @@ def _image_model(checkpoint: Path, config: TrainConfig) -> list[Path]:
         raise UserError(f"{checkpoint} holds layers of the image model, for which the original's naming has no form: --export diffusers")
     kind, target = kind_of(checkpoint), checkpoint.parent.parent / "export" / "base"
     base = EMBEDDED if config.model_id_or_path is None else resolve(config.model_id_or_path, config.model_revision, config.hub)
-    source = base_source(base, unet=checkpoint if kind == "unet" else None)
+    local = lambda given: None if given is None else resolve(given, hub=config.hub)
+    source = base_source(base, local(config.vae_path), local(config.text_encoder_path), checkpoint if kind == "unet" else None)
+    if kind == "lora":  # a UNet that trained as a whole holds them already
+        source = with_loras(source, [*_folded(config, of_motion=False), (checkpoint, 1.0)])
     with files.written_whole(target) as out:
-        write_base(with_loras(source, [(checkpoint, 1.0)] if kind == "lora" else []), out, "float16", _header(checkpoint, config))
+        write_base(source, out, "float16", _header(checkpoint, config))
     return [target]
 
 
 def _motion_modules(checkpoint: Path, config: TrainConfig) -> list[Path]:
     folder, adapter, loras = checkpoint.parent.parent / "export", checkpoint, []
     if kind_of(checkpoint) == "lora":
-        loras, adapter = [(checkpoint, 1.0)], EMBEDDED / "motion_adapter"
+        loras, adapter = [*_folded(config, of_motion=True), (checkpoint, 1.0)], EMBEDDED / "motion_adapter"
+        if config.motion_adapter_id_or_path is None and config.model_id_or_path is not None:
+            raise UserError(f"{config.model_id_or_path} brought its own motion modules: merge the LoRA into them by convert/export_*.py")
         if config.motion_adapter_id_or_path is not None:
             adapter = resolve(config.motion_adapter_id_or_path, config.motion_adapter_revision, config.hub)
     raw, tensors, said = merged_adapter(adapter, loras)
@@ -78,6 +83,12 @@ def _motion_modules(checkpoint: Path, config: TrainConfig) -> list[Path]:
         written.append(folder / "motion-module.safetensors")
         write_original(tensors, written[-1], header)
     return written
+
+
+def _folded(config: TrainConfig, of_motion: bool) -> list[tuple[Path, float]]:
+    """The LoRAs that were folded into the frozen weights: those of motion modules, or the others."""
+    found = [(resolve(path, hub=config.hub), scale) for path, scale in config.loras()]
+    return [(path, scale) for path, scale in found if any("motion_modules" in name for name in adapts(path)) == of_motion]
 
 
 def _header(checkpoint: Path, config: TrainConfig) -> dict[str, str]:

@@ -67,7 +67,7 @@ def card(config: TrainConfig, checkpoint: Path, clips: int, sample: bool) -> str
     from huggingface_hub import ModelCardData
 
     base = public_name(config.model_id_or_path)
-    on_hub = base if base == config.model_id_or_path else None
+    on_hub = "/".join(base.split("/")[:2]) if base and base == config.model_id_or_path else None  # of a file, its repository
     tags = ["animatediff", "text-to-video", *(["lora"] if config.sft_type == "lora" else [])]
     given = {name: value for name, value in config.to_json().items() if name in config.given and name not in PRIVATE}
     given |= {name: public_name(given[name]) for name in MODELS if name in given}

@@ -119,7 +119,7 @@ def task(config: TrainConfig, model: Model) -> Task:
         lora_dtype=lora_dtype(config),
         loss_weighting=config.loss_weighting,
         snr_gamma=config.snr_gamma,
-        timesteps=(config.min_timestep, config.max_timestep or config.num_train_timesteps),
+        timesteps=config.timesteps,
         noise_offset=config.noise_offset,
         ema_decay=config.ema_decay,
     )

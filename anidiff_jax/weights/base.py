@@ -1,7 +1,7 @@
 """A Stable Diffusion folder in diffusers layout, and a motion adapter's → networks and their parameters."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from anidiff_jax.models.networks import Networks
 from anidiff_jax.models.unet import UNet
 from anidiff_jax.models.vae import AutoencoderKL, vae_config
 from anidiff_jax.weights.files import load
+from anidiff_jax.weights.kinds import recorded_norms
 from anidiff_jax.weights.sources import Source, base_source, motion_source, tokenizer_of
 from anidiff_jax.weights.tensors import Tensor
 from anidiff_jax.weights.tree import Tree, flatten, is_motion, merge, split
@@ -80,13 +81,12 @@ def load_model(
     motion_tensors: dict[str, Tensor] = {}
     if motion_adapter is not None:
         adapter_json, motion_tensors, found = motion_source(motion_adapter)
-        other = " ".join(f"--{name} {value}" for name, value in found.norms.items() if getattr(settings, name) != value)
-        if other:
-            log.info("%s was trained with other norms: %s computes them so", motion_adapter, other)
+        tell_norms(found.norms, settings, motion_adapter)
         if not adapter_json.get("motion_num_attention_heads"):
             adapter_json = {**adapter_json, "motion_num_attention_heads": motion_heads}
         motion = motion_config(adapter_json, {k: t.shape for k, t in motion_tensors.items()}, groups, str(motion_adapter))
     elif own_motion:
+        tell_norms(recorded_norms(source.unet or where / "unet"), settings, source.unet or where)
         motion_tensors = own_motion
         motion = motion_config(unet_json, {k: t.shape for k, t in own_motion.items()}, groups, str(where))
     elif fresh_motion:
@@ -119,6 +119,13 @@ def load_model(
     for part, network, name in (("vae", networks.vae, "VAE"), ("text_encoder", networks.text_encoder, "CLIP")):
         params[part], hashes[part] = load(shapes(network), source.named(part), lambda _: dtype, f"{source.where}: {name}")
     return Model(networks, params, load_tokenizer(tokenizer_of(source)), motion, unet_json, source.scheduler, hashes)
+
+
+def tell_norms(trained: Mapping[str, str], settings: Settings, where: Path) -> None:
+    """Says it where motion modules were trained with other norms than are computed."""
+    other = " ".join(f"--{name} {value}" for name, value in trained.items() if getattr(settings, name) != value)
+    if other:
+        log.info("%s was trained with other norms: %s computes them so", where, other)
 
 
 def load_tokenizer(folder: Path):

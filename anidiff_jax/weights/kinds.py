@@ -132,7 +132,7 @@ def _motion(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind
         return Kind(MOTION, naming, "PIA", supported=False, tensors=tensors, notes=["its first layer takes an image besides"])
     if rest:
         kind.notes.append(f"{len(rest)} tensors outside of the motion modules, such as {rest[0]}")
-    kind.norms = _recorded_norms(where)
+    kind.norms = recorded_norms(where)
     if naming == "original" and not kind.norms:
         kind.norms = {"motion_norm": "per_frame", **({"spatial_norm": "joint"} if kind.version == "v1" else {})}
     others = " ".join(f"--{name} {value}" for name, value in kind.norms.items() if value != DIFFUSERS_NORMS[name])
@@ -141,8 +141,8 @@ def _motion(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind
     return kind
 
 
-def _recorded_norms(where: Path) -> dict[str, str]:
-    """Those that a file of ours, or one in such a folder, says it was trained with."""
+def recorded_norms(where: Path) -> dict[str, str]:
+    """The norms that a file of ours, or one in such a folder, says it was trained with."""
     file = where if where.is_file() else where / f"{store.STEMS['unet']}.safetensors"
     said = metadata_of(file) if file.is_file() else {}
     return {name: said[name] for name in DIFFUSERS_NORMS if name in said}

@@ -35,6 +35,7 @@ class Source:
     tokenizer: Path | str  # a folder, or the hub id that has it
     scheduler: dict[str, Any]
     index: dict[str, Any]  # model_index.json; {} of a single file
+    unet: Path | None = None  # where another took the UNet's place
 
     def named(self, part: str) -> dict[str, Tensor]:
         """A part's tensors under the names of today's diffusers, and the text encoder's with `text_model.` in front."""
@@ -76,7 +77,7 @@ def base_source(path: Path, vae: Path | None = None, text_encoder: Path | None =
             raise UserError(
                 f"{path} holds no {part.replace('_', ' ')}: give one with {'--vae_path' if part == 'vae' else '--text_encoder_path'}"
             )
-    return Source(path, configs, parts, tokenizer, scheduler, index)
+    return Source(path, configs, parts, tokenizer, scheduler, index, unet)
 
 
 def tokenizer_of(source: Source) -> Path:

@@ -25,10 +25,10 @@ def tensors_in(folder: Path, stem: str = STEMS["unet"]) -> dict[str, Tensor]:
     """Every tensor of a component's folder, from Orbax or safetensors, unread."""
     if not (folder / ORBAX).is_dir():
         return files.tensors_in(folder, stem)
-    tensors = {}
+    tensors, restored = {}, lru_cache(1)(_restored)  # they are asked for in about the order in which they lie here
     for group in sorted((folder / ORBAX).iterdir()):
         for key, (shape, dtype) in _listed(group).items():
-            read = lambda group=group, key=key: files.to_theirs(key, _restored(group)[key])
+            read = lambda group=group, key=key: files.to_theirs(key, restored(group)[key])
             tensors[key] = Tensor(files.their_shape(key, shape), dtype, read)
     return tensors
 
@@ -62,7 +62,6 @@ def _listed(group: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         return {key: (tuple(array.shape), str(array.dtype)) for key, array in tree.items()}
 
 
-@lru_cache(1)  # they are asked for in about the order in which they lie here
 def _restored(group: Path) -> Flat:
     import orbax.checkpoint as ocp
 

@@ -141,8 +141,8 @@ ORIGINAL = "write_original(motion_source(a)[1], b); write_tensors(motion_source(
 ORBAX = "store.GROUP = 2**24; store.write_component(motion_source(a)[1], {}, b); write_tensors(store.tensors_in(b), c)"
 
 
-@pytest.mark.parametrize("both_ways", [ORIGINAL, ORBAX])
-def test_conversion_needs_little_memory(tmp_path, both_ways):
+@pytest.mark.parametrize(("both_ways", "limit"), [(ORIGINAL, 0.3), (ORBAX, 0.6)])
+def test_conversion_needs_little_memory(tmp_path, both_ways, limit):
     """Peak memory grows by far less than the file: 1.3 times it is what a user would bear."""
     names = [f"down_blocks.0.motion_modules.{i}.transformer_blocks.0.ff.net.2.weight" for i in range(40)]
     draw = np.random.default_rng(0).standard_normal
@@ -167,7 +167,7 @@ print(peak() - idle)
     grown = int(subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True).stdout)
     size = words[0].stat().st_size
     assert size > 160e6
-    assert grown < 0.6 * size
+    assert grown < limit * size
     before, after = tensors_of(words[0]), tensors_of(words[2])
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name].read(), after[name].read()) for name in names)
