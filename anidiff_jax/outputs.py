@@ -138,7 +138,7 @@ def settings_of(path: str | Path) -> dict[str, Any]:
     """The record of a video: out of its GIF, MP4, WebP, PNG frame or folder of frames, or the JSON beside it."""
     path = Path(path).expanduser()
     if path.is_dir():
-        path = path / "0000.png"
+        path = path / "0000.png" if (path / "0000.png").is_file() else path
     if not path.is_file():
         raise UserError(f"{path} is no file: give a video that sample.py made, or the JSON beside it")
     text = read_text(path) if path.suffix == ".json" else _text_in_picture(path)

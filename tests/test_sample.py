@@ -262,7 +262,6 @@ def test_a_video_is_made_again(sampled, lora, tmp_path):
     assert settings_of(other) == {**settings_of(gif), **changed}
     recipe = parse(SampleConfig, ["--from_json", str(other), "--preset", "lightning", "--guidance_scale", "2"])
     assert (recipe.scheduler, recipe.num_inference_steps, recipe.guidance_scale, recipe.seed) == ("euler", 4, 2.0, 9)
-    assert recipe.beta_end == SampleConfig.beta_end
     assert parse(SampleConfig, ["--from_json", str(other), "--model_id_or_path", "SD"]).prediction_type is None
     prompts = parse(SampleConfig, ["--from_json", str(other), "--validation_prompts_path", "prompts.txt"])
     assert (prompts.prompt, prompts.validation_prompts_path, prompts.fps) == (None, "prompts.txt", 5)
@@ -377,7 +376,7 @@ def test_a_grid(asked, load, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--grid", "sed=1,2"], "there is no argument sed; give NAME=VALUE,VALUE where NAME is one of guidance_scale"),
+        (["--grid", "sed=1,2"], "there is no argument sed; give NAME=VALUE,VALUE where NAME is one of eta, guidance_scale"),
         (["--grid", "sample_size=16,32"], "sample_size is the same for all videos of a run"),
         (["--grid", "seed=1,x"], "grid seed=1,x: argument --seed: invalid int value: 'x'"),
         (["--grid", "num_inference_steps=0,2"], "num_inference_steps 0 must be at least 1"),
