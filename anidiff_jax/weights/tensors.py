@@ -86,9 +86,7 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         import torch
     except ImportError:
         raise UserError(f"{path} is a PyTorch pickle, which needs torch to be read: pip install 'anidiff-jax[convert]'") from None
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        _refuse_compressed(path)
+    zipped = _is_plain_zip(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except Exception as error:  # of many kinds, for what is damaged and for what would execute code
@@ -105,9 +103,14 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _refuse_compressed(path: Path) -> None:
-    """PyTorch stores its arrays as they are, so that a compressed one is not PyTorch's, and may be larger than any memory."""
+def _is_plain_zip(path: Path) -> bool:
+    """Whether it is an archive. UserError where that is damaged or compressed.
+
+    PyTorch stores its arrays as they are, so that a compressed one is not PyTorch's, and may be larger than any memory.
+    """
     try:
+        if not zipfile.is_zipfile(path):
+            return False
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError) as error:
@@ -115,6 +118,7 @@ def _refuse_compressed(path: Path) -> None:
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > path.stat().st_size:
             raise UserError(f"{path}: {entry.filename!r} is compressed, as PyTorch never writes it: refused")
+    return True
 
 
 def _unwrapped(content: Any, path: Path) -> Mapping[str, Any]:
