@@ -267,6 +267,8 @@ class TrainConfig(_Shared):
     snr_gamma: float | None = arg(None, "min-SNR weighting with this γ (5 is usual) instead; none = off")
     min_timestep: int = arg(0, "steps of noise are drawn from this one: from 600, say, where motion is decided, it is learnt faster")
     max_timestep: int | None = arg(None, "and up to this one, which is not drawn itself; none = num_train_timesteps")
+    timestep_bias_begin: int | None = arg(None, "steps from this one on are drawn more often, the others too; none = all alike")
+    timestep_bias_multiplier: float = arg(3.0, "with timestep_bias_begin: this many times as often")
     noise_offset: float = arg(0.0, "deviation of a shift of all noise of a frame's channel, so that very dark and bright clips are learnt")
     ema_decay: float = arg(0.0, "moving average of what trains (0.999, say), which samples, validation and exports then use; 0 = none")
     gradient_checkpointing: bool = arg(False, "recompute each layer in the backward pass: less memory, about a third more time")
@@ -302,6 +304,11 @@ class TrainConfig(_Shared):
         """The first step of noise that is drawn, and the one after the last."""
         return self.min_timestep, self.num_train_timesteps if self.max_timestep is None else self.max_timestep
 
+    @property
+    def timestep_bias(self) -> tuple[int, float] | None:
+        """A step, and how many times as often those from it on are drawn."""
+        return None if self.timestep_bias_begin is None else (self.timestep_bias_begin, self.timestep_bias_multiplier)
+
     def __post_init__(self):
         super().__post_init__()
         for name in ("batch_size", "gradient_accumulation_steps", "num_train_epochs", "lora_rank", "eval_steps", "dataloader_num_workers"):
@@ -316,6 +323,10 @@ class TrainConfig(_Shared):
                 f"min_timestep {self.min_timestep} and max_timestep {self.max_timestep} must satisfy "
                 f"0 <= min_timestep < max_timestep <= num_train_timesteps, which is {self.num_train_timesteps}"
             )
+        if self.timestep_bias_begin is not None and not first < self.timestep_bias_begin < end:
+            raise UserError(f"timestep_bias_begin {self.timestep_bias_begin} must lie between the steps that are drawn, {first} and {end}")
+        if self.timestep_bias_multiplier <= 0:
+            raise UserError(f"timestep_bias_multiplier {self.timestep_bias_multiplier} must be above 0")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay {self.ema_decay} must be at least 0 and less than 1")
         if not 0 <= self.validation_fraction < 1:

@@ -38,7 +38,8 @@ TRAINING = {
     "training/test_setup.py::test_adapters_are_of_the_rank_and_drawn_by_the_seed": "lora_rank trainable_modules sft_type seed",
     "training/test_setup.py::test_the_task": (
         "num_train_timesteps beta_start beta_end beta_schedule steps_offset clip_sample seed lora_alpha lora_dtype loss_weighting "
-        "snr_gamma noise_offset ema_decay min_timestep max_timestep prediction_type timestep_spacing "
+        "snr_gamma noise_offset ema_decay min_timestep max_timestep timestep_bias_begin timestep_bias_multiplier "
+        "prediction_type timestep_spacing "
         "set_alpha_to_one rescale_betas_zero_snr"
     ),
     "training/test_setup.py::test_rows": "csv_path video_folder dataset_sample_size validation_csv validation_fraction seed",
@@ -66,6 +67,7 @@ TRAINING = {
     "training/test_step.py::test_the_moving_average": "ema_decay",
     "training/test_step.py::test_noise_follows_from_the_seed": "seed",
     "training/test_step.py::test_timesteps_are_drawn_from_all_that_there_are": "num_train_timesteps min_timestep max_timestep",
+    "training/test_step.py::test_steps_from_one_on_may_be_drawn_more_often": "timestep_bias_begin timestep_bias_multiplier",
     "training/test_parity.py::test_three_updates_equal_pytorch": "sft_type lora_alpha learning_rate lr_scheduler_type",
     "training/test_samples.py::test_the_arguments_of_validation_videos": (
         "num_inference_steps guidance_scale sample_size sample_n_frames seed scheduler eta"
@@ -135,7 +137,7 @@ def test_every_argument_has_a_test(kind, table):
 def another_value(f):
     """A value that the argument may have and that is not its default."""
     chosen = {
-        "beta_end": 0.5, "sample_size": "16x24", "min_timestep": 1, "hub_model_id": "owner/name",
+        "beta_end": 0.5, "sample_size": "16x24", "min_timestep": 1, "timestep_bias_begin": 2, "hub_model_id": "owner/name",
         "validation_fraction": 0.0, "loss_weighting": "none",  # they exclude validation_csv and snr_gamma
         "eta": 0.0,  # another scheduler than ddim excludes it
         "output_format": ["webp", "gif"], "grid": ["seed=1,2", "guidance_scale=3"],

@@ -4,7 +4,8 @@
 
 Stages, each kept in the work folder when it is done: clips → text encoder, widened → VAE → image model (train.py on single frames, all
 parameters) → motion adapter (train.py --sft_type full) → the packed model with its card. Image and motion stage are runs of
-train.py, each from the weights of the one before. To train on: add rounds at the end of the lists below, or begin with --start MODEL.
+train.py, each from the weights of the one before. To train on: add rounds at the end of the lists below, or begin with --start MODEL and
+say with --image_rounds_done and --motion_rounds_done how many it has been through.
 """
 
 import argparse
@@ -47,6 +48,7 @@ CLIPS: dict[str, dict] = {  # folder → what is rendered into it
     "clips": {"count": 3000, "seed": 7},
     "stills": {"count": 5000, "seed": 9, "motion": PLACED, "frames": 2},
     "fronts": {"count": 2500, "seed": 8, "things": tuple(FRONTS)},
+    "mixed": {"count": 2000, "seed": 10},
 }
 TEXT_UPDATES, WIDE_TEXT_UPDATES = 1500, 1500
 VAE_UPDATES = 1300
@@ -54,6 +56,7 @@ DEVICES = 2  # that a CPU is split into: each works on half of a batch, which ke
 IMAGE_BATCH, MOTION_BATCH = 32, 8  # clips an update
 STEADY = "constant_with_warmup"
 FRONTS_ONLY = {"clips": "fronts", "lr_scheduler_type": STEADY, "ema_decay": 0.998}
+NOISIER = {"clips": "mixed", "timestep_bias_begin": 600, "timestep_bias_multiplier": 3}
 # What differs between the runs of train.py. The first two learned colours and backgrounds, hardly outlines: the plain loss of the velocity
 # looks at high noise, where these are not decided yet. (When the shipped model was made, the first saw things a third smaller than now,
 # and none of the first five words for places in the text encoder.)
@@ -73,6 +76,7 @@ IMAGE_ROUNDS: list[dict] = [
     # Words for places, first where places are decided, then outlines again.
     {"clips": "stills", "max_steps": 800, "learning_rate": 1e-3, "lr_scheduler_type": STEADY, "ema_decay": 0.995, "seed": 12},
     {"clips": "stills", "max_steps": 1800, "learning_rate": 1e-3, "snr_gamma": 5, "ema_decay": 0.998, "seed": 13},
+    {"clips": "stills", "max_steps": 2600, "learning_rate": 8e-4, "snr_gamma": 5, "ema_decay": 0.998, "seed": 14},
 ]
 # The first two learned smoothness, no direction; the third a little of it. From the fourth on, noisy steps only and things with a front
 # only: there it came. The last is on all clips and all steps. (When the shipped model was made, the first four saw the image model that did
@@ -84,6 +88,7 @@ MOTION_ROUNDS: list[dict] = [
     {**FRONTS_ONLY, "max_steps": 300, "learning_rate": 2e-3, "seed": 24, "min_timestep": 650},
     {**FRONTS_ONLY, "max_steps": 1200, "learning_rate": 1.5e-3, "seed": 25, "min_timestep": 600},
     {"max_steps": 900, "learning_rate": 1.2e-3, "ema_decay": 0.995, "seed": 26},
+    {**NOISIER, "max_steps": 1500, "learning_rate": 1.5e-3, "ema_decay": 0.998, "seed": 27},
 ]
 COMMON = {
     "sft_type": "full",
@@ -184,6 +189,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build"), help="folder for clips and stages; what is in it is gone on with")
     parser.add_argument("--output", type=Path, required=True, help="the model in diffusers layout, float16; replaced if it exists")
     parser.add_argument("--start", type=Path, help="a model made so before, to train on: its text encoder and VAE stay as they are")
+    parser.add_argument("--image_rounds_done", type=int, default=0, help="with --start: rounds of the image model that it has been through")
+    parser.add_argument("--motion_rounds_done", type=int, default=0, help="with --start: the same of its motion modules")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("jax").setLevel(logging.WARNING)
@@ -199,10 +206,10 @@ def main() -> None:
         unet = stage(work / "fresh_unet", lambda out: write_part(fresh_unet(SEED), UNET, out, STEMS["unet"]))
     scheduler = read_json(args.start / "scheduler" / "scheduler_config.json") if args.start else SCHEDULER
     base = stage(work / "base-0", partial(write_base, text_encoder=text, vae=vae, unet=unet, scheduler=scheduler))
-    for i, settings in enumerate(IMAGE_ROUNDS):
+    for i, settings in list(enumerate(IMAGE_ROUNDS))[args.image_rounds_done :]:
         unet = stage(work / f"image-{i}", partial(train, base, work, IMAGE_BATCH, {**IMAGE, **settings})) / "checkpoint"
         base = stage(work / f"base-{i + 1}", partial(write_base, text_encoder=text, vae=vae, unet=unet, scheduler=scheduler))
-    for i, settings in enumerate(MOTION_ROUNDS):
+    for i, settings in list(enumerate(MOTION_ROUNDS))[args.motion_rounds_done :]:
         going_on = {"motion_adapter_id_or_path": adapter} if adapter else {}
         adapter = stage(work / f"motion-{i}", partial(train, base, work, MOTION_BATCH, {**MOTION, **settings, **going_on})) / "checkpoint"
     if adapter:

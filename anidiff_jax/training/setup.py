@@ -120,6 +120,7 @@ def task(config: TrainConfig, model: Model) -> Task:
         loss_weighting=config.loss_weighting,
         snr_gamma=config.snr_gamma,
         timesteps=config.timesteps,
+        timestep_bias=config.timestep_bias,
         noise_offset=config.noise_offset,
         ema_decay=config.ema_decay,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from anidiff_jax.diffusion.schedule import NoiseSchedule, add_noise, loss_weight, target
@@ -26,8 +27,8 @@ class Task:
 
     lora_scale: None when the UNet's own parameters train. lora_dtype: adapters are rounded to it before they are used.
     loss_weighting, snr_gamma: see `schedule.loss_weight`. timesteps: the first that is drawn, and the one after the last;
-    None: all. noise_offset: deviation of a shift of each frame's and channel's noise.
-    ema_decay: of the moving average of what trains; 0 keeps none.
+    None: all. timestep_bias: a step, and how many times as often those from it on are drawn. noise_offset: deviation of a
+    shift of each frame's and channel's noise. ema_decay: of the moving average of what trains; 0 keeps none.
     """
 
     networks: Networks
@@ -38,6 +39,7 @@ class Task:
     loss_weighting: str = "none"
     snr_gamma: float | None = None
     timesteps: tuple[int, int] | None = None
+    timestep_bias: tuple[int, float] | None = None
     noise_offset: float = 0.0
     ema_decay: float = 0.0
 
@@ -72,6 +74,16 @@ def draw_latents(task: Task, posterior: Posterior, keys):
     return (jax.vmap(Posterior.sample)(posterior, keys) - config.shift_factor) * config.scaling_factor
 
 
+def draw_timestep(task: Task, key):
+    """The step of noise that a clip is asked about: uniform, or those from `timestep_bias` on more often; int32."""
+    first, end = task.timesteps or (0, task.schedule.num_train_timesteps)
+    if task.timestep_bias is None:
+        return jax.random.randint(key, (), first, end)
+    begin, multiplier = task.timestep_bias
+    share = np.cumsum(np.where(np.arange(first, end) < begin, 1.0, multiplier))
+    return first + jnp.searchsorted(share[:-1] / share[-1], jax.random.uniform(key), side="right").astype(jnp.int32)
+
+
 def denoising_loss(trained, frozen, task: Task, latents, text, keys):
     """Mean over clips of the prediction's squared error, weighted by the timestep: latents (b, f, h, w, c), text (b, tokens, d), keys (b,).
 
@@ -80,7 +92,7 @@ def denoising_loss(trained, frozen, task: Task, latents, text, keys):
 
     def question(clip, key):
         for_step, for_noise, for_dropout = jax.random.split(key, 3)
-        timestep = jax.random.randint(for_step, (), *(task.timesteps or (0, task.schedule.num_train_timesteps)))
+        timestep = draw_timestep(task, for_step)
         noise = jax.random.normal(for_noise, clip.shape)
         if task.noise_offset:
             shift = jax.random.normal(jax.random.fold_in(for_noise, 1), (clip.shape[0], 1, 1, clip.shape[-1]))  # f 1 1 c

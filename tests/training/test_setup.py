@@ -197,6 +197,8 @@ def test_the_task(lora, full, model):
     assert setup.task(lora("--snr_gamma", "5"), model).snr_gamma == 5
     assert task.timesteps == (0, 500)
     assert setup.task(lora("--min_timestep", "600", "--max_timestep", "900"), model).timesteps == (600, 900)
+    assert task.timestep_bias is None
+    assert setup.task(lora("--timestep_bias_begin", "600", "--timestep_bias_multiplier", "4"), model).timestep_bias == (600, 4)
     assert setup.task(full(), model).lora_scale is None
 
 

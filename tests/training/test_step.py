@@ -18,7 +18,7 @@ from anidiff_jax.models.layers import Settings
 from anidiff_jax.parallel import data_parallel, replicate, split_batch
 from anidiff_jax.training import setup
 from anidiff_jax.training.state import TrainState, learning_rate, make_optimizer
-from anidiff_jax.training.step import Task, denoising_loss, encode_clips, make_update
+from anidiff_jax.training.step import Task, denoising_loss, draw_timestep, encode_clips, make_update
 from anidiff_jax.weights.tree import flatten
 from tests.reference import close
 
@@ -242,6 +242,14 @@ def test_timesteps_are_drawn_from_all_that_there_are():
     assert set(np.asarray(shown[0]).tolist()) == {0, 1, 2}
     denoising_loss(trained, frozen, replace(task, timesteps=(1, 3)), latents, text, jax.random.split(jax.random.key(0), 64))
     assert set(np.asarray(shown[1]).tolist()) == {1, 2}
+
+
+def test_steps_from_one_on_may_be_drawn_more_often():
+    task, *_ = toy(schedule=NoiseSchedule(num_train_timesteps=10))
+    task = replace(task, timesteps=(2, 10), timestep_bias=(7, 4.0))
+    drawn = np.asarray(jax.vmap(lambda key: draw_timestep(task, key))(jax.random.split(jax.random.key(0), 17_000)))
+    shares = np.bincount(drawn, minlength=11) / len(drawn)
+    np.testing.assert_allclose(shares, np.array([0, 0, 1, 1, 1, 1, 1, 4, 4, 4, 0]) / 17, atol=0.01)
 
 
 class Recorder:
