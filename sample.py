@@ -13,11 +13,10 @@ Every argument: python sample.py --help.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from anidiff_jax import grid, outputs
+from anidiff_jax import grid, interactive, outputs
 from anidiff_jax.arguments import parse
 from anidiff_jax.config import SampleConfig
 from anidiff_jax.errors import UserError, run_script
@@ -25,7 +24,7 @@ from anidiff_jax.errors import UserError, run_script
 
 def main() -> None:
     config = parse(SampleConfig)
-    prompts: Iterable[str] = ask() if config.eval_human else [config.prompt] if config.prompt is not None else config.prompts()
+    prompts = [] if config.eval_human else [config.prompt] if config.prompt is not None else config.prompts()
 
     from anidiff_jax.parallel import set_up_jax
     from anidiff_jax.training.report import start_log
@@ -39,13 +38,23 @@ def main() -> None:
     pipeline = load(config)
     if config.from_json is not None:
         outputs.check_models(config, outputs.record_of(config, pipeline))
-    for prompt in prompts:
-        for i in range(config.num_videos_per_prompt):
-            asked = config.but(prompt=prompt, seed=config.seed + i, num_videos_per_prompt=1)
-            if axes:
-                sample_grid(pipeline, asked, axes)
-            else:
-                sample(pipeline, asked)
+    if config.eval_human:
+        for asked in interactive.requests(config, pipeline):
+            try:
+                interactive.show(make(pipeline, asked, axes))
+            except UserError as error:  # told, and asked again
+                print(f"error: {error}", file=sys.stderr)
+    else:
+        for prompt in prompts:
+            make(pipeline, config.but(prompt=prompt), axes)
+
+
+def make(pipeline, config: SampleConfig, axes):
+    """All videos of one prompt; returns the frames of the last."""
+    for i in range(config.num_videos_per_prompt):
+        asked = config.but(seed=config.seed + i, num_videos_per_prompt=1)
+        video = sample_grid(pipeline, asked, axes) if axes else sample(pipeline, asked)
+    return video
 
 
 def sample(pipeline, config: SampleConfig):
@@ -56,14 +65,15 @@ def sample(pipeline, config: SampleConfig):
     return video
 
 
-def sample_grid(pipeline, config: SampleConfig, axes) -> None:
-    """A video for every place in a grid, saved; then the grid."""
+def sample_grid(pipeline, config: SampleConfig, axes):
+    """A video for every place in a grid, saved; then the grid. Returns the last video's frames."""
     cells = grid.cells(config, axes)
     videos = [sample(pipeline, cell) for cell in cells]
     labels = [grid.label(cell, axes) for cell in cells]
     record = outputs.record_of(config.but(grid=[str(axis) for axis in axes]), pipeline)
     for path in outputs.save_grid(videos, labels, grid.columns_of(axes), grid.name_of(config, axes), config, record):
         print(path, flush=True)
+    return videos[-1]
 
 
 def load(config: SampleConfig):
@@ -107,19 +117,6 @@ def load(config: SampleConfig):
     for path, scale in config.loras():
         pipeline.load_lora(path, scale, config.hub)
     return pipeline
-
-
-def ask() -> Iterator[str]:
-    """Prompts as the user types them, or as they come through a pipe."""
-    question = "prompt> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            prompt = input(question).strip()
-        except EOFError:
-            return
-        if prompt in ("", "exit"):
-            return
-        yield prompt
 
 
 if __name__ == "__main__":

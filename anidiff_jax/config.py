@@ -378,7 +378,7 @@ class SampleConfig(_Shared):
     replace_if_exists: bool = arg(False, "let merge_lora replace that folder")
     prompt: str | None = arg(None, "sample this prompt instead of the prompts file")
     negative_prompt: str = arg("", "what the video should not show")
-    eval_human: bool = arg(False, "ask for prompts; an empty line, exit or Ctrl-D ends it")
+    eval_human: bool = arg(False, "ask for prompts; /help lists what changes the next video; an empty line, exit or Ctrl-D ends it")
     dtype: Literal["auto", "float32", "bfloat16"] = arg(
         "auto", "type of weights and computation; auto = bfloat16 on GPU and TPU, float32 on CPU"
     )

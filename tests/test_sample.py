@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageSequence
 
 import sample
+from anidiff_jax import interactive
 from anidiff_jax.arguments import parse
 from anidiff_jax.config import PROMPTS, SampleConfig
 from anidiff_jax.errors import UserError
@@ -111,6 +112,70 @@ def test_prompts(asked, load, tmp_path, monkeypatch):
     assert prompts("--validation_prompts_path", file, "--prompt", "three") == ["three"]
     for end in ("\nfour\n", "exit\nfour\n", ""):  # an empty line, the word, Ctrl-D
         assert prompts("--eval_human", "true", typed="one\ntwo\n" + end) == ["one", "two"]
+
+
+def test_a_conversation(asked, load, lora, monkeypatch, capsys):
+    """What is typed between prompts changes what follows; a mistake is told and changes nothing."""
+    pipeline = load()
+    monkeypatch.setattr(sample, "load", lambda _: pipeline)
+    said = f"""a star
+/seed 7
+/steps 3
+/neg grey, dim
+/again
+/again
+/seed x
+/steps
+/nonsense
+/lora none.safetensors:0.5
+/lora {lora}:0.5
+a moon
+/neg
+/lora none
+/size 24x16
+/again
+/help
+/settings
+"""
+    calls, printed = asked("--model_id_or_path", "a/model", *CLIP, "--eval_human", typed="/again\n" + said)
+    seen = [(c["prompt"], c["seed"], c["num_inference_steps"], c["negative_prompt"], c["height"]) for c in calls]
+    assert seen == [
+        ("a star", 42, 25, "", 16),
+        ("a star", 7, 3, "grey, dim", 16),  # with what was changed
+        ("a star", 8, 3, "grey, dim", 16),  # nothing was changed: another seed
+        ("a moon", 8, 3, "grey, dim", 16),
+        ("a moon", 8, 3, "", 24),
+    ]
+    records = [settings_of(path) for path in printed]
+    assert [record["lora"] for record in records] == [[], [], [], [f"{lora}:0.5"], []]
+    assert ["lora_1" in record["hashes"] for record in records] == [False, False, False, True, False]
+
+
+def test_mistakes_in_a_conversation(load):
+    session = interactive.Session(parse(SampleConfig, []), load())
+    for line, message in {
+        "/again": "there was none yet",
+        "/seed x": "invalid int value: 'x'",
+        "/steps": "it is 25",
+        "/steps 0": "must be at least 1",
+        "/nonsense 1": "there are /seed, /neg",
+        "/lora": "needs a path",
+        "/lora none.safetensors:0.5": "none.safetensors",
+    }.items():
+        before = session.config
+        with pytest.raises(UserError, match=message):
+            session.answer(line)
+        assert session.config == before
+        assert session.pipeline.loras == []
+
+
+def test_the_strip_of_frames():
+    """Eight frames of two colours, upper and lower half: each character has the one above the other, and the row fits the terminal."""
+    video = np.zeros((9, 2, 4, 3), np.float32)
+    video[:, 0, :, 0] = video[:, 1, :, 2] = 1
+    (row,) = interactive.strip(video, 40).split("\n")
+    frames = row.split(" ")
+    assert frames == ["\x1b[38;2;255;0;0;48;2;0;0;255m▀" * 4 + "\x1b[0m"] * 8
 
 
 def test_how_it_computes(load, monkeypatch):
