@@ -21,6 +21,8 @@ from anidiff_jax.shapes.render import SHAPES
 HERE = Path(__file__).parent
 RESULTS, WORK = HERE / "results", HERE / ".work" / "shapes"
 EVALUATE = [sys.executable, "-m", "anidiff_jax.shapes.evaluate"]
+FEWER_STEPS = ("--num_inference_steps", 15)  # of whole videos
+FEWEST_STEPS = ("--num_inference_steps", 10)  # where many are compared with each other, as `make demo` does
 ADAPTER = HERE.parent / "anidiff_jax" / "shapes" / "model" / "motion_adapter"
 
 
@@ -32,14 +34,20 @@ def evaluate(name: str, *options) -> dict:
 
 
 def lora(motion: str, clips: int) -> tuple[str, float]:
-    """(checkpoint, seconds of training) of a LoRA on `clips` clips of one motion, as `make demo` trains it."""
+    """(checkpoint, seconds of training) of a LoRA on `clips` clips of one motion, as `make demo` trains it; kept for the next call."""
+    kept = WORK / f"lora-{motion.replace(' ', '-')}-{clips}.json"
+    if kept.exists():
+        return tuple(json.loads(kept.read_text()))
     data = WORK / f"clips-{motion.replace(' ', '-')}-{clips}"
     words = ["-m", "anidiff_jax.shapes.clips", "--output", data, "--count", clips, "--motion", motion, "--seed", 1]
     subprocess.run([sys.executable, *map(str, words)], check=True, cwd=HERE.parent)
     start = time.perf_counter()
-    words = ["train.py", "--csv_path", data / "clips.csv", "--video_folder", data, "--output_dir", WORK / "runs", *flags(TRAINING)]
+    given = ["--csv_path", data / "clips.csv", "--video_folder", data, "--latent_cache", f"{data}-latents", "--output_dir", WORK / "runs"]
+    words = ["train.py", *given, *flags(TRAINING)]
     done = subprocess.run([sys.executable, *map(str, words)], check=True, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)
-    return done.stdout.splitlines()[-1], time.perf_counter() - start
+    result = done.stdout.splitlines()[-1], time.perf_counter() - start
+    kept.write_text(json.dumps(result))
+    return result
 
 
 def stills() -> dict:
@@ -48,15 +56,15 @@ def stills() -> dict:
 
 def adapter() -> dict:
     return {
-        "image model alone": evaluate("alone", "--motion_adapter_id_or_path", "none"),
-        "with the shipped adapter": evaluate("adapter", "--videos", 140),
+        "image model alone": evaluate("alone", "--motion_adapter_id_or_path", "none", *FEWER_STEPS),
+        "with the shipped adapter": evaluate("adapter", "--videos", 140, *FEWER_STEPS),
     }
 
 
 def taught() -> dict:
     """The taught motion before and after a LoRA; the same merged; and with the LoRA turned round."""
     checkpoint, seconds = lora("right", 50)
-    things = ["--things", *SHAPES]
+    things = ["--things", *SHAPES, *FEWEST_STEPS]
     result = {"shapes, before": evaluate("right-before", *things)}
     result[f"shapes, LoRA on 50 clips to the right, {seconds:.0f} s"] = evaluate("right-after", *things, "--ckpt_dir", checkpoint)
     result["the same, scale -1"] = evaluate("right-negative", *things, "--ckpt_dir", checkpoint, "--lora_scale", -1)
@@ -74,7 +82,7 @@ def few_clips() -> dict:
     for clips in (5, 10, 20, 50):
         checkpoint, _ = lora("right", clips)
         result[f"shapes, LoRA on {clips} clips to the right"] = evaluate(
-            f"clips-{clips}-scores", "--things", *SHAPES, "--ckpt_dir", checkpoint
+            f"clips-{clips}-scores", "--things", *SHAPES, *FEWEST_STEPS, "--ckpt_dir", checkpoint
         )
     return result
 

@@ -18,8 +18,8 @@ from anidiff_jax.shapes.render import SHAPES
 MOTION = "right"
 PROMPT = "a red circle on a white background"
 ROOT = Path(__file__).parent.parent.parent
-TRAINING = {"max_steps": 150, "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 2e-3, "lora_rank": 16,
-            "min_timestep": 500, "eval_steps": 1000}  # fmt: skip
+TRAINING = {"max_steps": 150, "batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 3e-3, "lora_rank": 16,
+            "min_timestep": 650, "eval_steps": 1000}  # fmt: skip
 
 
 def run(*words) -> str:
