@@ -30,7 +30,9 @@ def evaluate(name: str, *options) -> dict:
     """The scores of one call of the evaluation."""
     folder = WORK / name
     subprocess.run([*EVALUATE, "--output", str(folder), *map(str, options)], check=True, cwd=HERE.parent)
-    return json.loads((folder / "scores.json").read_text())
+    result = json.loads((folder / "scores.json").read_text())
+    named = {k: Path(v).name if isinstance(v, str) else v for k, v in result["settings"].items() if k != "output"}  # no paths of this machine
+    return {**result, "settings": named}
 
 
 def lora(motion: str, clips: int) -> tuple[str, float]:
