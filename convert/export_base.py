@@ -35,12 +35,22 @@ def main() -> None:
     source = base_source(resolve(args.input, hub=args.hub), local(args.vae_path), local(args.text_encoder_path), args.unet)
     source = with_loras(source, [(resolve(path, hub=args.hub), scale) for path, scale in map(path_and_scale, args.lora)])
     with files.written_whole(args.output) as out:
-        write_base(source, out, args.dtype, {"kind": "base model", "made_from": Path(args.input).name})
+        write_base(source, out, args.dtype, header(args))
         if args.verify:
             from anidiff_jax.weights.verify import verify
 
             verify(out, out)
     print(args.output)
+
+
+def header(args: argparse.Namespace) -> dict[str, str]:
+    """What the files say of themselves: what they are, and what they were made from."""
+    from anidiff_jax.weights.hub import public_name
+
+    said = {"kind": "base model", "made_from": public_name(args.input)}
+    said |= {"vae": public_name(args.vae_path), "text_encoder": public_name(args.text_encoder_path)}
+    said |= {"unet": args.unet and args.unet.name, "merged_loras": ", ".join(Path(lora).name for lora in args.lora)}
+    return {name: value for name, value in said.items() if value}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from anidiff_jax.errors import run_script
-from anidiff_jax.weights.hub import resolve
+from anidiff_jax.weights.hub import HUBS, resolve
 
 
 def main() -> None:
@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--model_id_or_path", help="base model: needed where the input is named as kohya does")
     parser.add_argument("--motion_adapter_id_or_path", help="motion modules: needed where a LoRA named so adapts them")
     parser.add_argument("--output", type=Path, required=True, help="file to write; must not exist")
+    parser.add_argument("--hub", choices=HUBS, help="where hub ids are looked up; none = the one, then the other")
     args = parser.parse_args()
 
     from anidiff_jax.weights import store
@@ -30,14 +31,15 @@ def main() -> None:
     store.must_not_exist(args.output)
     layers: dict[str, list[str]] = {"unet": [], "text_encoder": []}
     if args.model_id_or_path:
-        base = base_source(resolve(args.model_id_or_path))
+        base = base_source(resolve(args.model_id_or_path, hub=args.hub))
         layers = {part: layers_of(base.named(part)) for part in layers}
     if args.motion_adapter_id_or_path:
-        layers["unet"] += layers_of(motion_source(resolve(args.motion_adapter_id_or_path))[1])
-    source = resolve(args.input)
+        layers["unet"] += layers_of(motion_source(resolve(args.motion_adapter_id_or_path, hub=args.hub))[1])
+    source = resolve(args.input, hub=args.hub)
     tensors = {key: tensor.cast(args.dtype) for key, tensor in as_named(load_lora(source, layers), args.format, source).items()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(tensors, args.output, {"kind": "LoRA", "made_from": source.name})
+    header = {"kind": "LoRA", "made_from": source.name, "naming": args.format, "scale": "alpha / rank is multiplied into the weights"}
+    write_tensors(tensors, args.output, header)
     print(f"{args.output}: {len(tensors)} tensors")
 
 

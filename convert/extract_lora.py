@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from anidiff_jax.errors import UserError, run_script
-from anidiff_jax.weights.hub import resolve
+from anidiff_jax.weights.hub import HUBS, resolve
 
 
 def main() -> None:
@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("--after", required=True, help="motion modules that came of it")
     parser.add_argument("--rank", type=int, default=32, help="of the LoRA: more keeps more")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--hub", choices=HUBS, help="where hub ids are looked up; none = the one, then the other")
     args = parser.parse_args()
 
     from anidiff_jax.weights import files, store
@@ -26,10 +27,15 @@ def main() -> None:
     if args.rank < 1:
         raise UserError(f"--rank {args.rank} must be at least 1")
     store.must_not_exist(args.output)
-    (_, before, _), (_, after, _) = (motion_source(resolve(path)) for path in (args.before, args.after))
+    (_, before, _), (_, after, _) = (motion_source(resolve(path, hub=args.hub)) for path in (args.before, args.after))
     lora, share = extract_lora(before, after, args.rank)
     with files.written_whole(args.output) as out:
-        header = {"kind": "LoRA", "made_from": f"{Path(args.after).name} - {Path(args.before).name}", "kept": f"{share:.4f}"}
+        header = {
+            "kind": "LoRA",
+            "made_from": f"{Path(args.after).name} - {Path(args.before).name}",
+            "rank": str(args.rank),
+            "kept": f"{share:.4f}",
+        }
         save_lora(lora, out, alpha=args.rank, dropout=0.0, base=args.before, metadata=header)
     print(f"{args.output}: keeps {100 * share:.1f} % of the difference")
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from anidiff_jax.errors import UserError
 from anidiff_jax.models.attention import attend
+from anidiff_jax.models.config import understood
 from anidiff_jax.models.layers import DECLARED, Dense, LayerNorm, Settings
 
 ACTIVATIONS = {
@@ -30,6 +31,7 @@ class CLIPTextConfig:
     eps: float
 
 
+@understood
 def clip_config(raw: Mapping[str, Any], where: str = "text_encoder/config.json") -> CLIPTextConfig:
     """Resolves a CLIPTextModel config (other keys of transformers do not touch the text states)."""
     raw = raw.get("text_config", raw)

@@ -3,11 +3,54 @@
 A key that changes the computation in a way that is not built here is an error that names it; nothing is silently ignored.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from typing import Any, TypeVar
 
 from anidiff_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def understood(parse: Callable[..., T]) -> Callable[..., T]:
+    """A reader of a config.json, which is somebody's file: a value of the wrong type, or a count beyond all models, is a UserError."""
+
+    @wraps(parse)
+    def parsed(raw: Mapping[str, Any], *args, **named) -> T:
+        where = named.get("where") or next((a for a in reversed(args) if isinstance(a, str)), "config.json")
+        for key, value in raw.items():
+            if "layers" in key and any(isinstance(n, int | float) and n > 1000 for n in _numbers(value)):
+                raise UserError(f"{where}: {key}={str(value)[:80]} is more than any model has")
+        try:
+            config = parse(raw, *args, **named)
+        except UserError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise UserError(f"{where} says what makes no model ({type(error).__name__}: {error})") from None
+        if wrong := _mistyped(config):
+            raise UserError(f"{where} says what makes no model: {wrong}")
+        return config
+
+    return parsed
+
+
+def _numbers(value) -> list:
+    return [n for part in value for n in _numbers(part)] if isinstance(value, (list, tuple)) else [value]
+
+
+def _mistyped(config) -> str:
+    """The first setting that is not of its type, "" where there is none."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        wanted = {int: int, float: (int, float), bool: bool, str: str}.get(field.type if isinstance(field.type, type) else int, object)
+        for part in _numbers(value):
+            if is_dataclass(part):
+                if wrong := _mistyped(part):
+                    return wrong
+            elif not isinstance(part, wanted) or (isinstance(part, bool) and field.type is not bool):
+                return f"{field.name}={str(value)[:80]}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -129,9 +172,14 @@ _MOTION_READ = {
 
 def is_motion_unet(raw: Mapping[str, Any]) -> bool:
     """Whether a UNet's config.json is that of UNetMotionModel, whose file holds the motion modules too."""
-    return any("Motion" in kind for kind in raw.get("down_block_types", ())) or raw.get("_class_name") == "UNetMotionModel"
+    kinds = raw.get("down_block_types")
+    return (
+        any("Motion" in str(kind) for kind in (kinds if isinstance(kinds, (list, tuple)) else ()))
+        or raw.get("_class_name") == "UNetMotionModel"
+    )
 
 
+@understood
 def unet_config(raw: Mapping[str, Any], motion: MotionConfig | None, where: str = "unet/config.json") -> UNetConfig:
     """Resolves a UNet2DConditionModel or UNetMotionModel config, with the motion modules of `motion` (None: an image model)."""
     check_keys(raw, _UNET_FIXED, _UNET_READ, where)
@@ -195,6 +243,7 @@ def unet_config(raw: Mapping[str, Any], motion: MotionConfig | None, where: str 
     )
 
 
+@understood
 def motion_config(raw: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], groups: int, where: str = "motion adapter") -> MotionConfig:
     """The structure of a motion adapter, read off its tensors' shapes; from its config.json only the heads, which no shape tells.
 
@@ -246,6 +295,7 @@ def motion_config(raw: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], g
     )
 
 
+@understood
 def fresh_motion_config(raw_unet: Mapping[str, Any], heads: int, max_frames: int, mid_block: bool = True) -> MotionConfig:
     """Motion modules to train from nothing in this UNet: one transformer block each, the structure of v2."""
     get = getter(raw_unet)

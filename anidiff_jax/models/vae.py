@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from anidiff_jax.errors import UserError
-from anidiff_jax.models.config import check_keys, getter
+from anidiff_jax.models.config import check_keys, getter, understood
 from anidiff_jax.models.layers import Conv, GroupNorm, Settings, multi_head
 from anidiff_jax.models.unet import Downsample, ResnetBlock, Upsample
 
@@ -42,6 +42,7 @@ class VAEConfig:
         return 2 ** (len(self.channels) - 1)
 
 
+@understood
 def vae_config(raw: Mapping[str, Any], where: str = "vae/config.json") -> VAEConfig:
     """Resolves an AutoencoderKL config."""
     check_keys(raw, _FIXED, _READ, where)

@@ -143,7 +143,7 @@ def make_wide_text_encoder(work: Path, out: Path) -> dict:
     from anidiff_jax.weights.store import tensors_in
 
     encoder, tokenize = text_encoder()
-    tensors = NAMES["text_encoder"](tensors_in(work / "text_encoder", STEMS["text_encoder"]))
+    tensors = NAMES["text_encoder"](tensors_in(work / "text_encoder", STEMS["text_encoder"]), work)
     teacher, _ = load(shapes(encoder), tensors, lambda _: "float32", work)
     params, left = widen_text_encoder(encoder, teacher, tokenize, WIDE_TEXT_UPDATES, SEED)
     write_part(params, text_config(), out, STEMS["text_encoder"])

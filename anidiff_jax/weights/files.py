@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,10 @@ def tensors_in(folder: Path, stem: str = "diffusion_pytorch_model") -> dict[str,
 
 def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise UserError(f"{index} names no files: download the folder again")
+    for shard in sorted(set(map(str, shards.values()))):
         if Path(shard).name != shard or not (folder / shard).is_file():
             raise UserError(f"{folder / shard} is missing: {index.name} names it; download the folder again")
         found.update(tensors_of(folder / shard))
@@ -81,6 +84,18 @@ def their_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in PyTorch's layout of one of our parameters."""
     axes = _axes(key, len(shape))
     return tuple(shape) if axes is None else tuple(shape[i] for i in np.argsort(axes))
+
+
+def renamed(tensors: Mapping[str, Tensor], name_of: Callable[[str], str], where: str | Path) -> dict[str, Tensor]:
+    """Each tensor under its new name; UserError where two of a file would have the same, since only one of them could be used."""
+    named: dict[str, Tensor] = {}
+    came_from: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        new = name_of(key)
+        if new in named:
+            raise UserError(f"{where} holds {came_from[new]} and {key}, which are the same layer: only one of them could be used")
+        named[new], came_from[new] = tensor, key
+    return named
 
 
 def load(expected: Mapping[str, Any], tensors: dict[str, Tensor], dtype_of, where: str | Path) -> tuple[Tree, str]:

@@ -11,8 +11,8 @@ from anidiff_jax.weights.tensors import PICKLES
 
 HUBS = ("hf", "modelscope")
 PARTS = ["unet/*", "vae/*", "text_encoder/*"]
-WANTED = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetensors*", "tokenizer/*", "scheduler/*",
-          "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]  # fmt: skip
+WANTED = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetensors*", "diffusion_pytorch_model*.bin*", "tokenizer/*",
+          "scheduler/*", "pytorch_lora_weights.*", "adapter_model.*", "adapter_config.json"]  # fmt: skip
 
 
 def resolve(path_or_id: str, revision: str | None = None, hub: str | None = None) -> Path:
@@ -73,13 +73,16 @@ def _from_modelscope(repo: str, revision: str | None, inside: str) -> Path:
 
 
 def wanted(files: Iterable[str]) -> list[str]:
-    """Those of a repository's files that loading reads: no pickles, no single-file copies, no half precision beside full."""
-    files = [name for name in files if not name.endswith((".bin", ".msgpack", ".onnx", ".pb", ".md")) and ".non_ema." not in name]
+    """Those of a repository's files that loading reads: no pickles beside safetensors, no single-file copies, no half precision beside
+    full."""
+    files = [name for name in files if not name.endswith((".msgpack", ".onnx", ".pb", ".md")) and ".non_ema." not in name]
+    safe = {PurePosixPath(name).parent for name in files if name.endswith(".safetensors")}
+    files = [name for name in files if not name.endswith((".bin", ".bin.index.json")) or PurePosixPath(name).parent not in safe]
     named = [name for name in files if any(fnmatch(name, p) for p in WANTED)]
-    weights = [name for name in files if any(fnmatch(name, p) for p in PARTS) and name.endswith((".safetensors", ".json"))]
+    weights = [name for name in files if any(fnmatch(name, p) for p in PARTS) and name.endswith((".safetensors", ".bin", ".json"))]
     chosen = sorted({*named, *weights})
     folder = lambda name: PurePosixPath(name).parent
-    full = {folder(name) for name in chosen if name.endswith(".safetensors") and ".fp16" not in name}
+    full = {folder(name) for name in chosen if name.endswith((".safetensors", ".bin")) and ".fp16" not in name}
     return [name for name in chosen if ".fp16" not in name or folder(name) not in full]
 
 

@@ -54,7 +54,7 @@ def recognise(path: Path) -> Kind:
 
 def _refuse_other_families(index: Path) -> None:
     if index.is_file():
-        name = read_json(index).get("_class_name") or ""
+        name = str(read_json(index).get("_class_name") or "")
         if name.startswith("StableDiffusion3") or "XL" in name or "Flux" in name:
             raise UserError(f"{index.parent} is a {name} model: Stable Diffusion 1.x and 2.x are supported")
 
@@ -62,8 +62,9 @@ def _refuse_other_families(index: Path) -> None:
 def _of_folder(path: Path) -> Kind:
     if (path / "unet").is_dir():
         _refuse_other_families(path / "model_index.json")
-        version = "2.x" if read_json(path / "unet" / "config.json").get("cross_attention_dim") == 1024 else "1.x"
-        return Kind(BASE, "diffusers", f"Stable Diffusion {version}")
+        width = read_json(path / "unet" / "config.json").get("cross_attention_dim")
+        version = "2.x" if width == 1024 else "XL" if width == 2048 else "1.x"
+        return Kind(BASE, "diffusers", f"Stable Diffusion {version}", supported=version != "XL")
     if any((folder / name).is_file() for folder in (path, path / "default") for name in loras.FILES):
         file = loras.file_of(path)
         return of_tensors(tensors_of(file), file)
@@ -88,6 +89,8 @@ def of_tensors(tensors: Mapping[str, Tensor], where: Path) -> Kind:
     for sign, name in _OTHERS:
         if has(sign):
             return Kind(name, supported=False, tensors=tensors)
+    if has(r"^add_embedding\."):
+        return Kind(UNET, "diffusers", "Stable Diffusion XL", supported=False, tensors=tensors)
     if has(r"^(model\.diffusion_model|conditioner|first_stage_model)\."):
         return _single_file(tensors)
     if has(r"lora|hada_|lokr_|dora_scale|oft_blocks"):
@@ -95,13 +98,19 @@ def of_tensors(tensors: Mapping[str, Tensor], where: Path) -> Kind:
     if has(re.escape(INSIDE)) or has(r"motion_modules\."):
         return _motion(tensors, keys, where)
     if has(r"^(encoder|decoder)\.(down|up|mid)"):
-        return Kind(VAE, "LDM" if has(r"\.mid\.block_1\.") else "diffusers", tensors=tensors)
+        naming = "LDM" if has(r"\.mid\.block_1\.") else "diffusers"
+        others = [key for key in tensors if key not in ldm.without_loss(tensors)] if naming == "LDM" else []
+        return Kind(VAE, naming, tensors=tensors, notes=[_unused(others)] if others else [])
     if has(r"embeddings\.token_embedding"):
         return Kind(TEXT, "transformers", tensors=tensors)
     if has(r"^down_blocks\..*\.resnets\."):
         return Kind(UNET, "diffusers", tensors=tensors)
     some = ", ".join(list(tensors)[:3]) or "nothing"
     return Kind("nothing that is known here", supported=False, tensors=tensors, notes=[f"it holds {some}"])
+
+
+def _unused(keys: list[str]) -> str:
+    return f"{len(keys)} tensors that are no weights are not used, such as {keys[0]}"
 
 
 def _single_file(tensors: Mapping[str, Tensor]) -> Kind:
@@ -117,8 +126,10 @@ def _single_file(tensors: Mapping[str, Tensor]) -> Kind:
     if any(key.startswith(ldm.EMA) for key in tensors):
         notes.append("it holds averaged weights (EMA) too, which are not used")
     others = [key for key in ldm.leftovers(tensors) if not key.startswith(ldm.EMA)]
+    others += [key for key in tensors if key.startswith(ldm.TEXT) and key.endswith("position_ids")]
+    others += [key for key in tensors if key.startswith(ldm.VAE) and not ldm.without_loss({key.removeprefix(ldm.VAE): tensors[key]})]
     if others:
-        notes.append(f"{len(others)} tensors that are no weights are not used, such as {others[0]}")
+        notes.append(_unused(others))
     return Kind(BASE, "LDM", "Stable Diffusion 1.x", tensors=tensors, notes=notes)
 
 
@@ -162,6 +173,11 @@ def motion_version(keys: list[str], tensors: Mapping[str, Tensor], name: str = "
     return "v1" if tables == {24} else "v3"
 
 
+def _of_xl(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a LoRA's matrix reads text states as wide as those of Stable Diffusion XL."""
+    return re.search(r"attn2.to_[kv].*(down|lora_A)", key) is not None and shape[1:2] == (2048,)
+
+
 def _lora(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind:
     namings: list[tuple[str, Callable[[str], bool]]] = [
         ("kohya", lambda key: key.startswith(("lora_unet_", "lora_te"))),
@@ -173,6 +189,8 @@ def _lora(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind:
     refused = next((kind for key in keys for sign, kind in loras.REFUSED.items() if sign in key), None)
     if refused:
         return Kind(refused.split(" ", 1)[1], naming, supported=False, tensors=tensors)
+    if any(key.startswith("lora_te2_") for key in keys) or any(_of_xl(key, tensor.shape) for key, tensor in tensors.items()):
+        return Kind(LORA, naming, "Stable Diffusion XL", supported=False, tensors=tensors)
     motion = sum("motion_modules" in key for key in keys)
     text = sum(key.startswith(("lora_te", "text_encoder.", "text_model.")) for key in keys)
     places = [name for name, n in (("motion modules", motion), ("text encoder", text), ("image layers", len(keys) - motion - text)) if n]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from anidiff_jax.errors import UserError
+from anidiff_jax.weights.files import renamed
 from anidiff_jax.weights.tensors import Tensor
 
 UNET, VAE, TEXT, EMA = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.", "model_ema."
@@ -26,10 +27,11 @@ def parts_of(tensors: Mapping[str, Tensor], where) -> dict[str, dict[str, Tensor
     inside = lambda prefix: {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
     parts = {}
     if unet := inside(UNET):
-        parts["unet"] = renamed(unet, unet_rules(unet, where))
+        parts["unet"] = renamed(unet, by_rules(unet_rules(unet, where)), where)
     vae = inside(VAE) or (dict(tensors) if "decoder.mid.block_1.norm1.weight" in tensors else {})
     if vae:
-        parts["vae"] = {key: _as_linear(key, tensor) for key, tensor in renamed(_without_loss(vae), vae_rules(vae)).items()}
+        named = renamed(without_loss(vae), by_rules(vae_rules(vae, where)), where)
+        parts["vae"] = {key: _as_linear(key, tensor) for key, tensor in named.items()}
     if text := inside(TEXT):
         parts["text_encoder"] = text
     return parts
@@ -40,14 +42,15 @@ def leftovers(tensors: Iterable[str]) -> list[str]:
     return [key for key in tensors if not key.startswith((UNET, VAE, TEXT))]
 
 
-def renamed(tensors: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
-    """Each tensor under its new name: every rule that fits is applied, in order."""
-    named = {}
-    for key, tensor in tensors.items():
+def by_rules(rules: Rules) -> Callable[[str], str]:
+    """The new name of a tensor: every rule that fits is applied, in order."""
+
+    def name_of(key: str) -> str:
         for pattern, new in rules:
             key = re.sub(pattern, new, key)
-        named[key] = tensor
-    return named
+        return key
+
+    return name_of
 
 
 _RESNET: Rules = [
@@ -94,9 +97,12 @@ def unet_rules(keys: Iterable[str], where) -> Rules:
     ]
 
 
-def vae_rules(keys: Iterable[str]) -> Rules:
+def vae_rules(keys: Iterable[str], where) -> Rules:
     """encoder.down.i.block.j → encoder.down_blocks.i.resnets.j; the decoder's levels are counted from the other end."""
-    last = max(int(k.split(".")[2]) for k in keys if k.startswith("decoder.up."))
+    levels = [int(match[1]) for key in keys if (match := re.match(r"decoder\.up\.(\d+)\.", key))]
+    if not levels:
+        raise UserError(f"{where}: its VAE has no decoder, or is of another kind")
+    last = max(levels)
     return [
         (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
         (r"^encoder\.down\.(\d+)\.downsample\.conv\.", r"encoder.down_blocks.\1.downsamplers.0.conv."),
@@ -118,7 +124,7 @@ def _as_linear(key: str, tensor: Tensor) -> Tensor:
     return Tensor(tensor.shape[:2], tensor.dtype, lambda: tensor.read().reshape(tensor.shape[:2]))
 
 
-def _without_loss(vae: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_loss(vae: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Files of a VAE alone often keep its trainer's discriminator and averages."""
     return {k: t for k, t in vae.items() if k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
 

@@ -35,6 +35,7 @@ REFUSED = {  # what other adapters than LoRA are recognised by
 _MATRIX = re.compile(
     r"^(?P<layer>.+?)(?:\.default)?\.(?:lora_(?P<ab>[AB])|(?:lora_|lora\.|lora_linear_layer\.)(?P<ud>down|up))(?:\.default)?\.weight$"
 )
+_PLAIN = re.compile(r"\^?(\w|\\?\.|-)*\$?")  # a layer's name, as programs write it: no repetition, over which matching might hang
 _PROCESSOR = re.compile(r"^(?P<attention>.+)\.processor\.(?P<to>to_[qkv]|to_out)_lora\.(?P<ud>down|up)\.weight$")
 
 
@@ -65,6 +66,8 @@ def load_lora(path: Path, layers: Mapping[str, Sequence[str]]) -> Lora:
     for key, tensor in tensors.items():
         part, layer, which = named(key, layers, file)
         entry = found.setdefault((part, layer), _Layer())
+        if which in entry.matrices or (which == "alpha" and entry.alpha is not None):
+            raise UserError(f"{file} adapts {layer} twice ({key}): only one of the two could be used")
         if which == "alpha":
             if tensor.shape not in ((), (1,)):
                 raise UserError(f"{file}: {key} has shape {list(tensor.shape)}, where one number is expected")
@@ -182,6 +185,8 @@ class _Settings:
         """alpha / rank; one where nothing says alpha, as diffusers takes it."""
         said = self.said[part]
         patterns = said.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict) or not all(map(_PLAIN.fullmatch, patterns)):
+            raise UserError(f"{self.where} says alpha_pattern={str(patterns)[:80]}, which names no layers: the LoRA's scale is unknown")
         own = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?{pattern}", layer))
         alpha = next(own, said.get("lora_alpha", rank))
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):

@@ -58,6 +58,8 @@ def from_original(tensors: Mapping[str, Tensor], where) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = our_name(key)
+        if name in named and not name.endswith(".pos_embed.pe"):
+            raise UserError(f"{where} holds more than one tensor that is {name}: only one of them could be used")
         if name in named and not np.array_equal(named[name].read(), tensor.read()):
             raise UserError(f"{where}: the two position tables of {name.removesuffix('.pos_embed.pe')} differ, which is not supported")
         named.setdefault(name, tensor)

@@ -8,7 +8,7 @@ from typing import Any
 
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights import kinds, ldm, store
-from anidiff_jax.weights.files import read_json
+from anidiff_jax.weights.files import read_json, renamed
 from anidiff_jax.weights.hub import hub_tokenizer
 from anidiff_jax.weights.kinds import Kind, recognise
 from anidiff_jax.weights.original import from_original
@@ -39,7 +39,7 @@ class Source:
 
     def named(self, part: str) -> dict[str, Tensor]:
         """A part's tensors under the names of today's diffusers, and the text encoder's with `text_model.` in front."""
-        return NAMES[part](self.tensors[part]) if part in NAMES else dict(self.tensors[part])
+        return NAMES[part](self.tensors[part], self.where) if part in NAMES else dict(self.tensors[part])
 
 
 def base_source(path: Path, vae: Path | None = None, text_encoder: Path | None = None, unet: Path | None = None) -> Source:
@@ -92,6 +92,8 @@ def _part_of(path: Path, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if (path / "config.json").is_file():
         return store.tensors_in(path, STEMS[part]), read_json(path / "config.json")
     found = expect(path, {"vae": kinds.VAE, "text_encoder": kinds.TEXT, "unet": kinds.UNET}[part], kinds.BASE)
+    for note in found.notes:
+        log.info("%s: %s", path, note)
     tensors = ldm.parts_of(found.tensors, path).get(part) or (dict(found.tensors) if part == "text_encoder" else {})
     if not tensors:
         raise UserError(f"{path} is a {found.naming} {found.kind} without config.json: give its folder")
@@ -111,7 +113,7 @@ def motion_source(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Kind]:
     if strange:
         raise UserError(f"{path} holds unexpected {', '.join(strange[:3])}: it is not a plain motion adapter")
     raw = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    tensors = {key.removeprefix("module."): tensor for key, tensor in found.tensors.items()}
+    tensors = renamed(found.tensors, lambda key: key.removeprefix("module."), path)
     return raw, from_original(tensors, path) if found.naming == "original" else tensors, found
 
 
@@ -126,13 +128,13 @@ def expect(path: Path, *wanted: str) -> Kind:
     return found
 
 
-def _text_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names with `text_model.`, as older transformers wrote them; without the position_ids buffer."""
-    named = {k if k.startswith("text_model.") else f"text_model.{k}": t for k, t in tensors.items()}
+def _text_names(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """Names with `text_model.`, as older transformers wrote them; without the position_ids buffer, which is 0, 1, 2, …"""
+    named = renamed(tensors, lambda key: key if key.startswith("text_model.") else f"text_model.{key}", where)
     return {k: t for k, t in named.items() if not k.endswith("position_ids")}
 
 
-def _vae_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _vae_names(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
     """Today's names of the attention layers, for files written before diffusers 0.17."""
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -140,7 +142,7 @@ def _vae_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         *path, layer, leaf = key.split(".")
         return ".".join([*path, old.get(layer, layer) if "attentions" in path else layer, leaf])
 
-    return {rename(k): t for k, t in tensors.items()}
+    return renamed(tensors, rename, where)
 
 
-NAMES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {"vae": _vae_names, "text_encoder": _text_names}
+NAMES: dict[str, Callable[[dict[str, Tensor], Path], dict[str, Tensor]]] = {"vae": _vae_names, "text_encoder": _text_names}

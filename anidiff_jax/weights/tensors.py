@@ -4,6 +4,7 @@ Nothing in a file is executed, and no file makes memory grow beyond its own size
 """
 
 import json
+import logging
 import os
 import zipfile
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from anidiff_jax.bars import track
 from anidiff_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _NUMPY = {  # of safetensors' names
@@ -125,10 +128,20 @@ def _unwrapped(content: Any, path: Path) -> Mapping[str, Any]:
     """The state dict, which trainers wrap in others."""
     for name in ("state_dict", "module", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            beside = [key for key, value in content.items() if key != name and _holds_tensors(value)]
+            if beside:
+                log.info("%s: beside its weights it holds %s, which is not used", path, ", ".join(map(str, beside[:5])))
             return _unwrapped(content[name], path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not named tensors")
     return {key: value for key, value in content.items() if isinstance(key, str)}
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether there is a tensor in what a pickle keeps beside the weights."""
+    if isinstance(value, (Mapping, list, tuple)):
+        return any(map(_holds_tensors, value.values() if isinstance(value, Mapping) else value))
+    return hasattr(value, "untyped_storage")
 
 
 def _numpy(tensor) -> np.ndarray:
@@ -151,11 +164,14 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     aside = path.with_name(f".{path.name}.part")
-    with aside.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in track(order, path.name, shown=end > 2**28):
-            file.write(np.ascontiguousarray(tensors[key].read().astype(numpy_type(tensors[key].dtype), copy=False)).view(np.uint8).data)
-    os.replace(aside, path)
+    try:
+        with aside.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for key in track(order, path.name, shown=end > 2**28):
+                file.write(np.ascontiguousarray(tensors[key].read().astype(numpy_type(tensors[key].dtype), copy=False)).view(np.uint8).data)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def numpy_type(name: str) -> np.dtype:

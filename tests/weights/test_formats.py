@@ -168,6 +168,59 @@ def test_what_is_not_read_is_named(tmp_path, adapter, base):
         motion_source(base)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_pia_is_named(tmp_path, prefix):
+    """As a MotionAdapter with its own first layer, and in the original naming."""
+    model = reference.adapter()
+    for state in (model.state_dict(), foreign.original_motion(model)):
+        state = {f"{prefix}{key}": value for key, value in state.items()} | {f"{prefix}conv_in.weight": torch.ones(16, 9, 3, 3)}
+        path = foreign.save(state, tmp_path / f"{len(state)}.safetensors")
+        assert (recognise(path).version, recognise(path).supported) == ("PIA", False)
+        with pytest.raises(UserError, match=r"PIA.*not supported"):
+            motion_source(path)
+
+
+def test_stable_diffusion_xl_is_named(tmp_path):
+    text = torch.ones(4, 2048)  # its text states
+    states = {
+        "kohya": {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 8)},
+        "kohya's": {"lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": text},
+        "diffusers": {"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v.lora_A.weight": text},
+        "unet": {"add_embedding.linear_1.weight": torch.ones(4, 4), "conv_in.weight": torch.ones(4, 4)},
+    }
+    for name, state in states.items():
+        found = recognise(foreign.save(state, tmp_path / f"{name}.safetensors"))
+        assert (found.version, found.supported) == ("Stable Diffusion XL", False)
+    for name in states:
+        with pytest.raises(UserError, match=r"Stable Diffusion XL.*not supported"):
+            motion_source(tmp_path / f"{name}.safetensors")
+    (tmp_path / "sd" / "unet").mkdir(parents=True)
+    (tmp_path / "sd" / "unet" / "config.json").write_text('{"cross_attention_dim": 2048}')
+    with pytest.raises(UserError, match="Stable Diffusion XL"):
+        base_source(tmp_path / "sd")
+
+
+def test_every_tensor_is_used_once_or_named(parts, sd, tmp_path, caplog):
+    """Two that are the same layer under two names are an error; what is no weight is told."""
+    state = foreign.single_file(parts)
+    twice = {**state, "model.diffusion_model.conv_in.weight": state["model.diffusion_model.input_blocks.0.0.weight"] + 1}
+    with pytest.raises(UserError, match="are the same layer"):
+        base_source(foreign.save(twice, tmp_path / "a.safetensors"))
+    key, value = next(iter(reference.adapter().state_dict().items()))
+    for name in (f"module.{key}", key.replace("motion_modules.0.", "motion_modules.0.temporal_transformer.")):
+        path = foreign.save({**reference.adapter().state_dict(), name: value + 1}, tmp_path / "b.safetensors")
+        with pytest.raises(UserError, match=r"are the same layer|more than one tensor"):
+            motion_source(path)
+    state["first_stage_model.loss.logvar"] = torch.ones(3)
+    notes = " ".join(recognise(foreign.save(state, tmp_path / "c.safetensors")).notes)
+    assert "4 tensors that are no weights are not used" in notes  # two of the schedule, position_ids, and the VAE's trainer's
+    with caplog.at_level("INFO"):
+        recognise(foreign.save({"state_dict": foreign.original_motion(reference.adapter()), "epoch": 3, "optimizer": {"a": [value]}},
+                               tmp_path / "d.ckpt"))  # fmt: skip
+    assert "beside its weights it holds optimizer, which is not used" in caplog.text
+    assert "epoch" not in caplog.text
+
+
 def test_loaded_models_compute_the_same(parts, sd, tmp_path):
     """A single file and an original motion module → a video, as diffusers makes it from its own formats."""
     import jax

@@ -1,6 +1,9 @@
 """Loading from hubs: small servers on the loopback that speak the calls used."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +107,31 @@ def test_a_broken_off_download_is_gone_on_with(hub, monkeypatch):
     server.cut = len(data) // 2
     assert resolve("me/one/mm.safetensors", hub="hf").read_bytes() == data
     assert server.ranges == ["", f"bytes={len(data) // 2}-"]
+
+
+def test_a_mirror_and_offline_mode_by_the_usual_variables(hub, base, tmp_path):
+    """In processes of their own, since the hub's package reads its variables when it is imported."""
+    server = hub("hf")
+    server.repos["me/base", "main"] = {p.relative_to(base).as_posix(): p.read_bytes() for p in base.rglob("*") if p.is_file()}
+    code = "import sys; from anidiff_jax.weights.hub import resolve; print(resolve(sys.argv[1], hub='hf'))"
+
+    def ask(repo, **variables):
+        known = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        where = {**known, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.here, "HF_TOKEN": TOKEN, **variables}
+        return subprocess.run([sys.executable, "-c", code, repo], env=where, capture_output=True, text=True)
+
+    folder = Path(ask("me/base").stdout.strip())
+    assert folder.is_relative_to(tmp_path / "home")
+    assert (folder / "unet" / "config.json").is_file()
+    asked = len(server.fetched)
+    assert asked
+    again = ask("me/base", HF_HUB_OFFLINE="1")
+    assert Path(again.stdout.strip()) == folder, again.stderr
+    assert len(server.fetched) == asked
+    missing = ask("me/other", HF_HUB_OFFLINE="1")
+    assert missing.returncode != 0
+    assert "UserError: me/other is not a local folder, and no hub gave it (hf: " in missing.stderr
+    assert TOKEN not in missing.stderr
 
 
 def test_what_the_hub_refuses_is_one_line_without_the_token(modelscope, monkeypatch):

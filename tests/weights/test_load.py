@@ -135,6 +135,9 @@ def test_what_the_hub_is_asked_for():
         "model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.fp16.safetensors",
     ]  # fmt: skip
+    old = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.bin",
+           "text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin"]  # fmt: skip
+    assert wanted(old) == sorted({*old} - {"unet/diffusion_pytorch_model.fp16.bin", "vae/diffusion_pytorch_model.bin"})
     adapter = ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "motion.ckpt"]
     assert wanted(adapter) == ["config.json", "diffusion_pytorch_model.safetensors"]
 

@@ -1,5 +1,6 @@
 """What is written opens in other programs and comes back with the same bits."""
 
+import re
 import subprocess
 import sys
 import weakref
@@ -53,6 +54,7 @@ def test_written_tensors_are_read_by_safetensors(tmp_path, dtype):
 
 def test_a_motion_module_goes_out_in_the_original_naming_and_back(adapter, tmp_path):
     convert("export_motion_adapter.py", "--input", adapter, "--format", "original", "--output", tmp_path / "mm.safetensors")
+    assert "v2 motion modules" in convert("inspect.py", tmp_path / "mm.safetensors")
     written = load_torch(tmp_path / "mm.safetensors")
     expected = foreign.original_motion(MotionAdapter.from_pretrained(adapter))
     assert written.keys() == expected.keys()
@@ -114,6 +116,13 @@ def test_a_base_with_a_lora_merged_opens_in_diffusers(tmp_path):
     single = foreign.save(foreign.single_file(parts), tmp_path / "sd.safetensors")
     words = ["--text_encoder_path", sd, "--lora", f"{path}:0.5", "--output", tmp_path / "out", "--verify"]
     assert "largest difference" in convert("export_base.py", "--input", single, *words)
+    said = metadata_of(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert said["merged_loras"] == "style.safetensors:0.5"
+    assert (said["made_from"], said["text_encoder"]) == ("sd.safetensors", "sd")
+    shown = convert("inspect_weights.py", tmp_path / "out", path)
+    assert re.search(r"parameters .*M in \d+ tensors, float32", shown)
+    assert "fits        text encoders 128 wide" in shown
+    assert "fits        base models with text states 128 wide" in shown
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     changed = {"unet": pipe.unet.state_dict(), "text_encoder": pipe.text_encoder.state_dict()}
     for (part, name), (down, up) in layers.items():
@@ -171,6 +180,15 @@ print(peak() - idle)
     before, after = tensors_of(words[0]), tensors_of(words[2])
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name].read(), after[name].read()) for name in names)
+
+
+def test_what_is_written_has_its_name_when_it_is_whole(tmp_path):
+    def fail():
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        write_tensors({"a": Tensor((4,), "float32", fail)}, tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_are_streamed(tmp_path):

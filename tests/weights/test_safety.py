@@ -2,9 +2,12 @@
 
 import contextlib
 import io
+import json
 import os
 import pickle
+import shutil
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,6 +19,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from anidiff_jax.errors import UserError
+from anidiff_jax.models.clip import clip_config
+from anidiff_jax.models.config import motion_config, unet_config
+from anidiff_jax.models.vae import vae_config
+from anidiff_jax.weights.base import EMBEDDED, load_model
 from anidiff_jax.weights.kinds import recognise
 from anidiff_jax.weights.loras import load_lora
 from anidiff_jax.weights.sources import base_source, motion_source
@@ -152,10 +159,92 @@ def fuzz(tmp_path, examples: int) -> None:
     run()
 
 
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3000) | st.sampled_from([10**9, 10**30]) | st.floats() | st.text(max_size=8),
+    lambda inside: st.lists(inside, max_size=4) | st.dictionaries(st.text(max_size=5), inside, max_size=3), max_leaves=5,
+)  # fmt: skip
+
+
+def folders(tmp_path) -> tuple[Path, Path]:
+    """(a whole model, a LoRA of PEFT), each with its settings in JSON files."""
+    model, lora = tmp_path / "model", tmp_path / "lora"
+    if not model.exists():
+        shutil.copytree(EMBEDDED, model)
+        lora.mkdir()
+        pair = {f"base_model.model.mid_block.lora_{m}.weight": np.ones((2, 2), np.float32) for m in "AB"}
+        (lora / "adapter_model.safetensors").write_bytes(save(pair))
+        said = {"r": 2, "lora_alpha": 2, "alpha_pattern": {"mid_block": 3}, "use_rslora": False, "use_dora": False}
+        (lora / "adapter_config.json").write_text(json.dumps(said))
+    return model, lora
+
+
+def fuzz_settings(tmp_path, examples: int) -> None:
+    """Other values in the JSON files that lie beside weights."""
+    model, lora = folders(tmp_path)
+    good = {path: path.read_text() for folder in (model, lora) for path in folder.rglob("*.json") if "tokenizer" not in path.parts}
+
+    def configs() -> None:
+        source = base_source(model)
+        clip_config(source.configs["text_encoder"])
+        vae_config(source.configs["vae"])
+        unet_config(source.configs["unet"], None)
+
+    def motion() -> None:
+        raw, tensors, _ = motion_source(model / "motion_adapter")
+        motion_config(raw, {key: tensor.shape for key, tensor in tensors.items()}, 32)
+
+    readers = {model: (lambda: recognise(model), configs, motion), lora: (lambda: recognise(lora), lambda: load_lora(lora, {}))}
+
+    @settings(max_examples=examples, deadline=5000, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(sorted(good)), st.data())
+    def run(path, data):
+        said = json.loads(good[path])
+        for key in data.draw(st.lists(st.sampled_from(sorted(said)), min_size=1, max_size=2)):
+            said[key] = data.draw(ODD)
+        try:
+            path.write_text(json.dumps(said if data.draw(st.integers(0, 9)) else data.draw(ODD)))
+            for reader in readers[lora if lora in path.parents else model]:
+                with contextlib.suppress(UserError):
+                    reader()
+        finally:
+            path.write_text(good[path])
+
+    run()
+
+
 def test_damaged_files_are_refused(tmp_path):
     fuzz(tmp_path, 60)
 
 
+def test_damaged_settings_are_refused(tmp_path):
+    """Among those that fuzzing found: a list where a number belongs, and a number of layers over which memory ends."""
+    fuzz_settings(tmp_path, 40)
+    model, lora = folders(tmp_path)
+    wrong = {"unet layers_per_block": 10**9, "unet cross_attention_dim": {}, "unet block_out_channels": 1.5, "vae in_channels": "4",
+             "text_encoder hidden_size": [8], "unet norm_num_groups": 0}  # fmt: skip
+    for name, value in wrong.items():
+        part, key = name.split()
+        said = json.loads((EMBEDDED / part / "config.json").read_text())
+        (model / part / "config.json").write_text(json.dumps({**said, key: value}))
+        with pytest.raises(UserError, match=r"makes no model|more than any model|entries where"):
+            load_model(model)
+        shutil.copyfile(EMBEDDED / part / "config.json", model / part / "config.json")
+    hangs = {"r": 2, "lora_alpha": 2, "alpha_pattern": {"((a+)+)+b": 3}}
+    (lora / "adapter_config.json").write_text(json.dumps(hangs))
+    with pytest.raises(UserError, match="names no layers"):
+        load_lora(lora, {})
+    (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": ["x"]}')
+    with pytest.raises(UserError, match="names no files"):
+        base_source(model)
+
+
 @pytest.mark.soak
 def test_damaged_files_are_refused_for_long(tmp_path):
-    fuzz(tmp_path, 200_000)
+    """For SOAK_MINUTES, ten when nothing is said: other files each time."""
+    end, tried = time.monotonic() + 60 * float(os.environ.get("SOAK_MINUTES", "10")), 0
+    while time.monotonic() < end:
+        fuzz(tmp_path, 500)
+        fuzz_settings(tmp_path, 50)
+        tried += 550
+    print(f"{tried} damaged files")
