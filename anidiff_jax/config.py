@@ -227,8 +227,9 @@ class _Shared:
         return prompts
 
     def to_json(self) -> dict[str, Any]:
-        """What a run records, and which of it the user gave; never the token."""
-        return {**{k: v for k, v in asdict(self).items() if k != "hub_token"}, "given": sorted(self.given - {"hub_token"})}
+        """What a run records, and which of it the user gave; never the token. What was gone on with is no setting of another run."""
+        given = sorted(self.given - {"hub_token", "resume_from_checkpoint"})
+        return {**{k: v for k, v in asdict(self).items() if k != "hub_token"}, "given": given}
 
 
 @dataclass(frozen=True)

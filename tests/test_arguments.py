@@ -11,7 +11,7 @@ from typing import Literal, Union, get_args, get_origin
 import pytest
 import yaml
 
-from anidiff_jax.arguments import parse
+from anidiff_jax.arguments import parse, sections
 from anidiff_jax.config import EMBEDDED_DEFAULTS, EMBEDDED_PROMPTS, PRESETS, PROMPTS, SampleConfig, TrainConfig
 from anidiff_jax.diffusion import solvers
 from anidiff_jax.errors import UserError
@@ -221,6 +221,29 @@ def test_what_a_scheduler_cannot_do_is_told_at_once(kind):
             parse(kind, words.split())
         assert message in str(error.value)
     parse(kind, ["--rescale_betas_zero_snr", "--timestep_spacing", "trailing"])  # the base may predict the velocity
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, SampleConfig])
+def test_help_is_grouped_and_names_every_argument(kind, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(kind, ["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    places = [text.index(f"\n{title}:\n") for title in sections(kind)]
+    assert len(places) > 3
+    assert places == sorted(places)
+    for members, start, end in zip(sections(kind).values(), places, [*places[1:], len(text)], strict=True):
+        for f in members:
+            assert f"\n  --{f.name}" in text[start:end], f.name
+
+
+def test_a_run_that_was_gone_on_with_can_be_run_again(tmp_path):
+    """Its config.json begins another run, and does not go on with the first."""
+    config = TrainConfig(resume_from_checkpoint="output/ad-1", seed=5, hub_token="secret")
+    object.__setattr__(config, "given", frozenset({"resume_from_checkpoint", "seed", "hub_token"}))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    again = parse(TrainConfig, [str(tmp_path / "config.json")])
+    assert (again.resume_from_checkpoint, again.seed, again.hub_token) == (None, 5, None)
 
 
 def test_other_names():

@@ -1,6 +1,9 @@
 """Video file → frames of one clip."""
 
+import logging
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,10 @@ except ImportError:
     decord = None
     UNREADABLE = (RuntimeError, OSError, ValueError, IndexError)
 
+log = logging.getLogger(__name__)
+
 FRAMES_AT_ONCE = 128  # that are held in the video's own size
+PATIENCE = 60.0  # seconds of one read, after which the log names the video
 
 
 class BadVideo(Exception):
@@ -24,12 +30,28 @@ class BadVideo(Exception):
 def read_clip(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarray:
     """The frames `choose(number of frames)` asks for, uint8 (f, h, w, 3). Raises BadVideo for a file that cannot be decoded."""
     try:
-        return _with_decord(path, choose) if decord else _with_imageio(path, choose)
+        with _named_when_it_hangs(path):
+            return _with_decord(path, choose) if decord else _with_imageio(path, choose)
     except BadVideo:
         raise
     except UNREADABLE as error:
         reason = str(error).strip().splitlines()
         raise BadVideo(f"it cannot be decoded ({reason[-1][:80] if reason else type(error).__name__})") from None
+
+
+@contextmanager
+def _named_when_it_hangs(path: Path) -> Iterator[None]:
+    """A decoder that hangs cannot be stopped from within its process, but one line says where: whichever process it is in, so an error."""
+    words = (
+        "%s: its decoder has been silent for %.0f s; if it stays so, end the run, and see --check_data true, which leaves such videos out"
+    )
+    timer = threading.Timer(PATIENCE, log.error, (words, path, PATIENCE))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def read_whole(path: Path, height: int, width: int) -> np.ndarray:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -219,6 +220,40 @@ def test_the_other_reader_gives_the_same_frames(folder, monkeypatch):
     np.testing.assert_allclose(read_clip(good, chosen).astype(int), expected, atol=3)
     with pytest.raises(BadVideo):
         read_clip(folder / "clips.csv", chosen)
+
+
+def test_a_video_that_hangs_the_decoder_is_named(folder, monkeypatch, caplog):
+    """While it hangs, once; a video that is read in time is not named, neither is one that fails."""
+    from anidiff_jax.data import decode
+
+    records, release = read_records(str(folder / "clips.csv"), str(folder)), threading.Event()
+    real, hangs = decode._with_decord, folder / records.names[2]
+
+    def decoder(path, choose):
+        if path == hangs:
+            assert release.wait(30)
+        return real(path, choose)
+
+    monkeypatch.setattr(decode, "_with_decord", decoder)
+    monkeypatch.setattr(decode, "PATIENCE", 1.0)
+    said = lambda: [record.getMessage() for record in caplog.records if "silent" in record.getMessage()]
+    clips = clips_of(records)
+    with pytest.raises(BadVideo):
+        read_clip(folder / "clips.csv", lambda n: np.arange(n))
+    clips(0, 0)
+    thread = threading.Thread(target=clips, args=(1, 2))
+    thread.start()
+    for _ in range(200):
+        if said():
+            break
+        time.sleep(0.05)
+    assert thread.is_alive()
+    release.set()
+    thread.join()
+    (line,) = said()
+    assert line.startswith(f"{hangs}: its decoder has been silent for 1 s")
+    assert "--check_data true" in line
+    assert not clips.skipped
 
 
 def test_a_folder_of_bad_videos_is_an_error_not_a_hang(tmp_path):

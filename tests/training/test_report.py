@@ -2,12 +2,17 @@
 
 import json
 import struct
+import time
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from anidiff_jax.config import TrainConfig
+from anidiff_jax.data.loader import Timed
 from anidiff_jax.errors import UserError
 from anidiff_jax.training.report import Report
 from anidiff_jax.training.summary import cost_of, write_report
@@ -46,6 +51,40 @@ def test_curves_cost_samples_and_settings(run):
     assert "| seed | 7 |" in page
     width, height = Image.open(run / "curves.png").size
     assert width > 3 * height  # three panels side by side
+
+
+def test_what_a_run_costs(monkeypatch):
+    """Each figure from entries that are known: the first update took 8 s more, to compile."""
+    entries = [{"step": i, "seconds": s, "clips_per_second": 6 / s} for i, s in enumerate((10.0, 1.0, 2.0, 30.0), 1)]
+    device = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 * 10**9})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert cost_of(entries, 4 * 10**12, waited=3.25) == {
+        "updates": 4,
+        "compiling": "8.0 s",
+        "an update": "2.000 s (median)",
+        "clips": "3.00 a second",
+        "UNet": "4.000 TFLOP an update, 2.000 TFLOP/s",
+        "waiting for data": "3.2 s in all, partly while the devices worked",
+        "all updates": "43 s",
+        "peak memory of a device": "3.00 GB",
+    }
+    device.memory_stats = lambda: None  # a CPU: the process itself
+    spent = np.ones(200 * 2**20, np.uint8)
+    gigabytes = float(cost_of(entries, 1, 0)["peak memory of the process"].split()[0])
+    assert spent.nbytes / 1e9 < gigabytes < 1000
+
+
+def test_waiting_for_data_is_measured():
+    def slow():
+        for i in range(2):
+            time.sleep(0.2)
+            yield i
+
+    stream = Timed(slow())
+    assert next(stream) == 0
+    time.sleep(0.5)  # the devices work: no waiting
+    assert next(stream) == 1
+    assert 0.4 <= stream.seconds < 0.7
 
 
 def test_other_writers_get_the_same(run):

@@ -169,6 +169,15 @@ def test_what_trains(full):
             keys(pattern)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_weights_are_held_once(full, lora, model, kind):
+    """What trains and what is frozen are the model's own arrays, each in one of the two."""
+    trained, frozen = setup.split_params({"full": full, "lora": lora}[kind](), model)
+    here = [id(x) for x in jax.tree.leaves(model.params)]
+    parts = [id(x) for x in jax.tree.leaves(([] if kind == "lora" else trained, frozen))]
+    assert sorted(parts) == sorted(here)
+
+
 def test_adapters_are_of_the_rank_and_drawn_by_the_seed(lora, model):
     def fresh(*words):
         return flatten(setup.split_params(lora("--trainable_modules", r".*attn1\.to_q", *words), model)[0])
