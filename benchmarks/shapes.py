@@ -31,7 +31,9 @@ def evaluate(name: str, *options) -> dict:
     folder = WORK / name
     subprocess.run([*EVALUATE, "--output", str(folder), *map(str, options)], check=True, cwd=HERE.parent)
     result = json.loads((folder / "scores.json").read_text())
-    named = {k: Path(v).name if isinstance(v, str) else v for k, v in result["settings"].items() if k != "output"}  # no paths of this machine
+    named = {
+        k: Path(v).name if isinstance(v, str) else v for k, v in result["settings"].items() if k != "output"
+    }  # no paths of this machine
     return {**result, "settings": named}
 
 

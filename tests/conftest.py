@@ -5,8 +5,9 @@ import threading
 from pathlib import Path
 
 # Four devices; and programs that are compiled quickly rather than well, since most are run once on tiny shapes.
-FLAGS = " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"]
+)
 
 import jax
 import pytest
