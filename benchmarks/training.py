@@ -9,10 +9,12 @@ benchmarks/results/training-<device>.json and .md. The full-size model is made b
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from anidiff_jax.shapes.clips import write_clips
@@ -40,7 +42,7 @@ GPU_CASES = {
 
 
 def measure(name: str, settings: dict) -> dict[str, str]:
-    """The table of costs in the report of one run: {what: how much}."""
+    """The table of costs in the report of one run: {what: how much}; with the load, as a machine that works for others is slower."""
     clips = WORK / "training-clips"
     if not clips.exists():
         write_clips(clips, 16)
@@ -51,7 +53,8 @@ def measure(name: str, settings: dict) -> dict[str, str]:
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
     report = (Path(done.stdout.splitlines()[-1]).parent.parent / "report.md").read_text()
     cost = report.split("## Cost")[1].split("\n## ")[0]
-    return {"case": name, **dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", cost, re.MULTILINE))}
+    figures = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", cost, re.MULTILINE))
+    return {"case": name, **figures, "load of the machine": f"{os.getloadavg()[0]:.1f}"}
 
 
 def main() -> None:
@@ -62,14 +65,16 @@ def main() -> None:
     where, kind = subprocess.run([sys.executable, "-c", ask], check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")[:2]
     cases = {**CASES, **(GPU_CASES if where == "gpu" else {})}
     rows = [measure(name, settings) for name, settings in cases.items() if name.startswith(args.only)]
-    machine = f"{kind}, {platform.machine()}"
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    machine = f"{kind}, {os.cpu_count()} cores, {cpu[1] if cpu else platform.machine()}, jax {version('jax')}"
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"training-{where}.json"
     kept = json.loads(path.read_text())["cases"] if path.exists() else []
     rows = [row for row in kept if row["case"] not in {row["case"] for row in rows}] + rows
     path.write_text(json.dumps({"machine": machine, "cases": rows}, indent=2) + "\n")
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [f"# An update of training, on {machine}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines = [f"# An update of training, on {machine}", "", "`python benchmarks/training.py`", ""]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row.get(key, "") for key in columns) + " |" for row in rows]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

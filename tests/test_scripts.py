@@ -225,6 +225,26 @@ def test_a_whole_unet_trains_on_single_frames(script, base, clips, tmp_path):
     assert np.abs(np.stack(frames_of(printed[-1])) - np.stack(frames_of(plain[-1]))).max() > 0
 
 
+def test_a_domain_adapter(script, base, clips, tmp_path):
+    """A LoRA on the spatial attentions: single frames that are not square, from cached latents and text, and no motion modules."""
+    pattern = r".*\.attentions\..*attn[12]\.to_[qkv]"
+    words = ["--trainable_modules", pattern, "--lora_rank", "2", "--sample_n_frames", "1", "--sample_size", "16x24", "--sample_stride", "1",
+             "--max_steps", "2", "--warmup_ratio", "0", "--gradient_accumulation_steps", "1", "--num_inference_steps", "1",
+             "--guidance_scale", "1", "--latent_cache", tmp_path / "cache", "--validation_prompts_path", prompts(tmp_path)]  # fmt: skip
+    code, printed, error = script("train.py", "--model_id_or_path", base, *data(clips), *words, "--output_dir", tmp_path / "out")
+    assert code == 0, error
+    checkpoint = Path(printed[-1])
+    run = checkpoint.parent.parent
+    weights = load_file(checkpoint / "pytorch_lora_weights.safetensors")
+    assert weights
+    assert all(".attentions." in key and np.abs(value).max() > 0 for key, value in weights.items())
+    assert [path.name for path in (tmp_path / "cache").glob("latents-*")] == ["latents-00000.arrayrecord"]
+    for folder in ("samples/iter-2", "sanity_check"):  # what comes out, and what goes in
+        assert {Image.open(path).size for path in (run / folder).glob("*.gif")} == {(24, 16)}
+    report = (run / "report.md").read_text()
+    assert all(f"| {figure}" in report for figure in ("compiling |", "clips |", "UNet |", "waiting for data |", "peak memory of "))
+
+
 def test_config_files_and_the_command_line(script, base, clips, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(

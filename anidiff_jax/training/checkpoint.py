@@ -39,6 +39,9 @@ class Checkpoints:
         self.folder, self.model, self.config, self.hub = run / "checkpoints", model, config, hub
         self._thread = ThreadPoolExecutor(1)
         self._pending: Future | None = None
+        if is_main():
+            for half in self.folder.glob(".iter-*"):  # what a kill left of one: gigabytes that nobody would look for
+                shutil.rmtree(half, ignore_errors=True)
 
     def __enter__(self):
         return self

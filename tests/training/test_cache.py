@@ -1,10 +1,13 @@
 """The latent cache: training from it is training from the videos; what it was made of is known, and half of it is gone on with."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
 from anidiff_jax.config import TrainConfig
+from anidiff_jax.data.cache import LatentCache
 from anidiff_jax.data.decode import BadVideo
 from anidiff_jax.data.loader import Clips, Videos, batches
 from anidiff_jax.data.records import read_records
@@ -84,10 +87,28 @@ def test_an_interrupted_encoding_goes_on(world, tmp_path, monkeypatch):
             np.testing.assert_array_equal(a[name], b[name])
 
 
+def test_processes_share_the_encoding(world, tmp_path, monkeypatch):
+    """Of two, the first makes shards 0 and 2, the second 1 and 3; together they are the cache."""
+    config, records, pipeline = world
+    monkeypatch.setattr("anidiff_jax.training.encode.SHARD", 2)
+    monkeypatch.setattr("anidiff_jax.data.cache.SHARD", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "wait_for_all", lambda what: None)
+        patch.setattr(encode, "LatentCache", lambda *_: None)
+        patch.setattr(jax, "process_count", lambda: 2)
+        for process, made in ((0, {0, 2}), (1, {0, 1, 2, 3})):
+            patch.setattr(jax, "process_index", lambda process=process: process)
+            encode.fill_cache(tmp_path, records, config, pipeline)
+            assert {path.name for path in tmp_path.glob("latents-*")} == {f"latents-{i:05d}.arrayrecord" for i in made}
+    cache = LatentCache(tmp_path, records, replace(config, text_dropout_rate=0.0))
+    params, network = pipeline.model.params["text_encoder"], pipeline.model.networks.text_encoder
+    for row in range(6):
+        states = encode_text(network, params, pipeline.tokenize([records.captions[row]]))[0]
+        close(cache(row, np.random.default_rng(0))["text"], states, 1e-5)
+
+
 @pytest.mark.parametrize("change", [{"sample_size": "32"}, {"random_flip": False}, {"dataset_sample_size": 3}])
 def test_another_recipe_is_refused(world, tmp_path, change):
-    from dataclasses import replace
-
     config, records, pipeline = world
     encode.fill_cache(tmp_path, records.drawn(2, 0), config, pipeline)
     other = replace(config, **change)

@@ -59,6 +59,15 @@ def test_what_was_saved_is_what_was_then(write, tmp_path):
     assert [(tmp_path / "checkpoints" / f"iter-{i}" / "state").read_text() for i in (1, 2, 3)] == ["1.0", "2.0", "3.0"]
 
 
+def test_what_a_kill_left_half_written_is_removed(write, tmp_path):
+    folder, config = tmp_path / "checkpoints", TrainConfig()
+    for half in (".iter-4.x1y2", ".iter-2.old.z3"):
+        (folder / half / "state").mkdir(parents=True)
+    (folder / "iter-2" / "state").mkdir(parents=True)
+    with checkpoint.Checkpoints(tmp_path, None, config, Hub(config, 1)):
+        assert [path.name for path in folder.iterdir()] == ["iter-2"]
+
+
 @pytest.mark.parametrize(
     ("limit", "kept"),
     [(1, [3, 6]), (2, [3, 6]), (3, [3, 5, 6]), (None, [1, 2, 3, 4, 5, 6])],

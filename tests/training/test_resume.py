@@ -48,6 +48,7 @@ def test_killed_at_any_moment(command, whole, tmp_path, moment):
     process.kill()
     process.wait()
     same_ends(finish(start("--resume_from_checkpoint", run)), whole)
+    assert not list((run / "checkpoints").glob(".*"))  # nothing half written stays
 
 
 def test_asked_to_end_it_saves_first(command, whole, tmp_path):
