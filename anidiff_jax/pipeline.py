@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from anidiff_jax.config import EMBEDDED_DEFAULTS, PRESETS
-from anidiff_jax.diffusion import rows as solver_rows
+from anidiff_jax.denoising import Numbers, Program, denoise
 from anidiff_jax.diffusion import solvers
 from anidiff_jax.diffusion.schedule import NoiseSchedule
 from anidiff_jax.errors import UserError
 from anidiff_jax.lora import joined, merge_lora
 from anidiff_jax.models.clip import CLIPTextModel
 from anidiff_jax.models.layers import Settings
-from anidiff_jax.models.unet import UNet
 from anidiff_jax.models.vae import AutoencoderKL
 from anidiff_jax.random import purpose
 from anidiff_jax.weights.base import EMBEDDED, Model, load_model, tell_norms
@@ -44,29 +43,6 @@ PIXELS_AT_ONCE = 512 * 512  # the VAE works on as many frames at a time as have 
 def encode_text(network: CLIPTextModel, params: Tree, ids, lora: Tree | None = None):
     """ids (b, tokens) → text states (b, tokens, d)."""
     return network.apply({"params": params, "lora": lora or {}}, ids)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnames="latents")
-def denoise(unet: UNet, params: Tree, lora: Tree, latents, text, rows: solver_rows.Row, guidance_scale, key=None):
-    """latents (1, f, h, w, c) of noise → of a video. text (2, tokens, d): empty and prompt; (1, tokens, d): no guidance.
-
-    Classifier-free guidance (Ho & Salimans, 2022): away from the empty prompt's prediction, by `guidance_scale`.
-    rows: the solver's. key: of the noise that it adds on the way; None: it adds none.
-    """
-    guided = text.shape[0] == 2
-
-    def one_row(state, numbered):
-        number, row = numbered
-        x = jnp.repeat(state[0] * row.scale, text.shape[0], axis=0)
-        prediction: Any = unet.apply({"params": params, "lora": lora}, x, jnp.full(x.shape[0], row.timestep), text)
-        if guided:
-            empty, prompt = jnp.split(prediction, 2)
-            prediction = empty + guidance_scale * (prompt - empty)
-        noise = jnp.zeros_like(prediction) if key is None else solver_rows.fresh_noise(key, number, prediction.shape)
-        return solver_rows.step(row, state, prediction, noise), None
-
-    numbered = (jnp.arange(len(rows.timestep)), rows)
-    return jax.lax.scan(one_row, solver_rows.start(rows, latents), numbered)[0][0]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -262,6 +238,7 @@ class AnimateDiffPipeline:
             latents = np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)  # b c f h w -> b f h w c
         table = solvers.table(self.schedule, scheduler or self.defaults["scheduler"], steps, eta)
         key = purpose(seed, "solver") if table.draws else None
+        program, numbers = Program(networks.unet), Numbers(jnp.float32(guidance_scale))
         lora, text_lora = self.joined_lora("unet"), self.joined_lora("text_encoder")
 
         videos = []
@@ -270,7 +247,7 @@ class AnimateDiffPipeline:
             states = encode_text(networks.text_encoder, params["text_encoder"], ids, text_lora)
             noise = initial_noise(seed, shape) if latents is None else jnp.array(latents[i])
             x = noise[None] * jnp.float32(table.start)
-            x = denoise(networks.unet, params["unet"], lora, x, states, table.rows, jnp.float32(guidance_scale), key)
+            x = denoise(program, params["unet"], lora, x, states, table.rows, numbers, key)
             videos.append(decode(networks.vae, params["vae"], x[0]))
         return np.stack([np.asarray(video) for video in videos])
 
