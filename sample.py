@@ -80,7 +80,7 @@ def load(config: SampleConfig):
     """The pipeline that the arguments describe: base, adapter, and what was trained; merged first where that is asked."""
     import jax
 
-    from anidiff_jax.pipeline import AnimateDiffPipeline, check_size
+    from anidiff_jax.pipeline import AnimateDiffPipeline, check_size, most_frames
     from anidiff_jax.training.checkpoint import kind_of
     from anidiff_jax.weights.merge import write_merged_adapter
 
@@ -108,7 +108,8 @@ def load(config: SampleConfig):
         motion_scale=config.motion_scale,
         **config.noise_arguments(),
     )
-    check_size(pipeline.model, config.sample_n_frames, config.height, config.width)
+    check_size(pipeline.model, config.sample_n_frames, config.height, config.width, windows=True)
+    config.context().window(config.sample_n_frames, pipeline.defaults["sample_n_frames"], most_frames(pipeline.model))
     if config.merge_lora:
         adapter, revision = config.motion_adapter_id_or_path, config.motion_adapter_revision
         if config.from_json is None:  # else the folder was written then

@@ -70,6 +70,11 @@ SECTIONS = {
     "dtype": "how it is sampled",
     "fps": "what is written",
 }
+# Arguments of sample.py that the pipeline's call takes under the same names.
+OF_THE_CALL = (
+    "guidance_rescale", "guidance_start", "guidance_end", "pag_scale", "pag_adaptive_scale", "pag_layers",
+    "context_frames", "context_overlap", "context_schedule", "context_batch", "closed_loop", "free_noise",
+)  # fmt: skip
 EMBEDDED_PROMPTS = Path(__file__).parent / "shapes" / "validation.txt"
 PROMPTS = Path(__file__).parent / "validation.txt"
 
@@ -383,6 +388,23 @@ class SampleConfig(_Shared):
     dtype: Literal["auto", "float32", "bfloat16"] = arg(
         "auto", "type of weights and computation; auto = bfloat16 on GPU and TPU, float32 on CPU"
     )
+    guidance_rescale: float = arg(0.0, "share by which guidance is brought back to the deviation of a video without it; 0.7, say")
+    guidance_start: float = arg(0.0, "share of the steps before which there is no guidance, at half the cost")
+    guidance_end: float = arg(1.0, "share of the steps after which there is none")
+    freeu: str | None = arg(None, "FreeU's factors s1,s2,b1,b2, as 0.9,0.2,1.2,1.4: less of the skips' lowest waves, more from below")
+    pag_scale: float = arg(0.0, "perturbed-attention guidance, for clearer shapes; 3, say; costs half more")
+    pag_adaptive_scale: float = arg(0.0, "with pag_scale: so much less of it for every timestep that is gone")
+    pag_layers: str = arg("mid_block.*attn1", "with pag_scale: regular expression, found in the names of self-attentions to perturb")
+    context_frames: int | None = arg(
+        None, "longer videos are made in windows of so many frames; none = those longer than the motion modules know, 16 (embedded: 8)"
+    )
+    context_overlap: int | None = arg(None, "frames that a window shares with the next; none = half of it")
+    context_schedule: Literal["uniform", "static"] = arg("uniform", "windows move from step to step, so that no seam stays; or stay")
+    context_batch: int = arg(1, "windows that are computed at once: more is faster on a GPU, and takes more memory")
+    closed_loop: bool = arg(False, "windows go on from the last frame to the first, so that the video is a loop without a seam")
+    free_noise: Literal["shuffle", "repeat", "none"] = arg(
+        "shuffle", "noise of the frames after the first window: that of earlier frames in another order, the same again, or their own"
+    )
     num_videos_per_prompt: int = arg(1, "videos of each prompt; video i, from 0, has seed + i")
     grid: list[str] = field(
         default_factory=list,
@@ -422,8 +444,28 @@ class SampleConfig(_Shared):
         for name, highest in (("mp4_crf", 51), ("webp_quality", 100), ("gif_loop", 65535)):
             if not 0 <= getattr(self, name) <= highest:
                 raise UserError(f"{name} {getattr(self, name)} must be between 0 and {highest}")
+        self.guidance()
+        self.context()
         if self.merge_lora and (self.ckpt_dir is None or self.sft_type != "lora"):
             raise UserError("merge_lora needs --sft_type lora and --ckpt_dir, the checkpoint whose LoRA is to be merged")
+
+    def sampling(self) -> dict[str, Any]:
+        free = {"freeu": self.freeu and numbers_in("freeu", self.freeu)}
+        return super().sampling() | {name: getattr(self, name) for name in OF_THE_CALL} | free
+
+    def guidance(self):
+        """What is said of guidance, checked."""
+        from anidiff_jax.diffusion.guidance import Guidance
+
+        said = self.sampling()
+        rescale, start, end = (said[f"guidance_{name}"] for name in ("rescale", "start", "end"))
+        return Guidance(rescale, start, end, said["pag_scale"], said["pag_adaptive_scale"], said["pag_layers"], said["freeu"])
+
+    def context(self):
+        """What is said of windows, checked."""
+        from anidiff_jax.diffusion.windows import Context
+
+        return Context(self.context_frames, self.context_overlap, self.context_schedule, self.context_batch, self.closed_loop)
 
     @property
     def formats(self) -> list[str]:
@@ -444,6 +486,14 @@ def path_and_scale(given: str) -> tuple[str, float]:
         return (path, float(scale)) if colon else (given, 1.0)
     except ValueError:  # the colon belongs to the path
         return given, 1.0
+
+
+def numbers_in(name: str, text: str) -> tuple[float, ...]:
+    """ "0.9,0.2" → (0.9, 0.2)"""
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"{name} {text} is not numbers with commas between them") from None
 
 
 def _at_least(config, name: str, least: int) -> None:

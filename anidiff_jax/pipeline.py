@@ -1,6 +1,7 @@
 """Text → video: text states once, one compiled denoising loop, frames decoded in chunks."""
 
 import logging
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from anidiff_jax.config import EMBEDDED_DEFAULTS, PRESETS
-from anidiff_jax.diffusion import rows as solver_rows
+from anidiff_jax.denoising import Program, denoise, numbers_of
 from anidiff_jax.diffusion import solvers
+from anidiff_jax.diffusion.guidance import PAG_LAYERS, Guidance
 from anidiff_jax.diffusion.schedule import NoiseSchedule
+from anidiff_jax.diffusion.windows import FREE_NOISE, Context, noise_order
 from anidiff_jax.errors import UserError
 from anidiff_jax.lora import joined, merge_lora
 from anidiff_jax.models.clip import CLIPTextModel
 from anidiff_jax.models.layers import Settings
-from anidiff_jax.models.unet import UNet
 from anidiff_jax.models.vae import AutoencoderKL
 from anidiff_jax.random import purpose
 from anidiff_jax.weights.base import EMBEDDED, Model, load_model, tell_norms
@@ -44,29 +46,6 @@ PIXELS_AT_ONCE = 512 * 512  # the VAE works on as many frames at a time as have 
 def encode_text(network: CLIPTextModel, params: Tree, ids, lora: Tree | None = None):
     """ids (b, tokens) → text states (b, tokens, d)."""
     return network.apply({"params": params, "lora": lora or {}}, ids)
-
-
-@partial(jax.jit, static_argnums=0, donate_argnames="latents")
-def denoise(unet: UNet, params: Tree, lora: Tree, latents, text, rows: solver_rows.Row, guidance_scale, key=None):
-    """latents (1, f, h, w, c) of noise → of a video. text (2, tokens, d): empty and prompt; (1, tokens, d): no guidance.
-
-    Classifier-free guidance (Ho & Salimans, 2022): away from the empty prompt's prediction, by `guidance_scale`.
-    rows: the solver's. key: of the noise that it adds on the way; None: it adds none.
-    """
-    guided = text.shape[0] == 2
-
-    def one_row(state, numbered):
-        number, row = numbered
-        x = jnp.repeat(state[0] * row.scale, text.shape[0], axis=0)
-        prediction: Any = unet.apply({"params": params, "lora": lora}, x, jnp.full(x.shape[0], row.timestep), text)
-        if guided:
-            empty, prompt = jnp.split(prediction, 2)
-            prediction = empty + guidance_scale * (prompt - empty)
-        noise = jnp.zeros_like(prediction) if key is None else solver_rows.fresh_noise(key, number, prediction.shape)
-        return solver_rows.step(row, state, prediction, noise), None
-
-    numbered = (jnp.arange(len(rows.timestep)), rows)
-    return jax.lax.scan(one_row, solver_rows.start(rows, latents), numbered)[0][0]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -224,7 +203,7 @@ class AnimateDiffPipeline:
     def __call__(
         self,
         prompt: str | Sequence[str],
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         *,
         num_frames: int | None = None,
         height: int | None = None,
@@ -235,6 +214,19 @@ class AnimateDiffPipeline:
         latents: np.ndarray | None = None,
         scheduler: str | None = None,
         eta: float = 0.0,
+        guidance_rescale: float = 0.0,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
+        freeu: Sequence[float] | None = None,
+        pag_scale: float = 0.0,
+        pag_adaptive_scale: float = 0.0,
+        pag_layers: str = PAG_LAYERS,
+        context_frames: int | None = None,
+        context_overlap: int | None = None,
+        context_schedule: str = "uniform",
+        context_batch: int = 1,
+        closed_loop: bool = False,
+        free_noise: str = "shuffle",
     ) -> np.ndarray:
         """Samples a video for each prompt → float32 (prompts, frames, height, width, 3) in [0, 1].
 
@@ -244,15 +236,30 @@ class AnimateDiffPipeline:
         latents: the noise to start from, of deviation 1, (prompts, channels, frames, h, w) as diffusers has it, instead of the seed's.
         scheduler: ddim | euler | euler_a | dpmpp_2m | dpmpp_2m_karras | dpmpp_sde | pndm | lms | heun | unipc | lcm | ddpm; not given,
         ddim or the preset's. eta: with ddim, noise added at each step, between none (0) and ddpm's (1).
+        negative_prompt: for all prompts, or one for each.
+        guidance_rescale: share by which guidance is brought back to the prediction's own deviation; 0.7 against overexposure.
+        guidance_start, guidance_end: shares of the steps between which there is guidance; outside it costs nothing.
+        freeu: s1, s2, b1, b2 of FreeU. pag_scale: perturbed-attention guidance, 0 for none; less by pag_adaptive_scale for each timestep
+        that is gone; pag_layers: regular expression on the names of the self-attentions that are perturbed.
+        context_frames: a longer video is made in windows of so many frames; not given, one longer than the motion modules know, in windows
+        of 16 (the embedded model 8). context_overlap, context_schedule, context_batch, closed_loop: see `windows.Context`.
+        free_noise: shuffle | repeat | none, the noise of frames after the first window: of earlier ones, or their own.
         Raises UserError for a size, a number of frames or steps that the model cannot do.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        if len(negatives) != len(prompts):
+            raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each")
         networks, params = self.model.networks, self.model.params
         num_frames = self.defaults["sample_n_frames"] if num_frames is None else num_frames
         height, width = height or int(self.defaults["sample_size"]), width or int(self.defaults["sample_size"])
         guidance_scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         steps = self.defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
-        check_size(self.model, num_frames, height, width)
+        check_size(self.model, num_frames, height, width, windows=True)
+        context = Context(context_frames, context_overlap, context_schedule, context_batch, closed_loop)
+        window = context.window(num_frames, self.defaults["sample_n_frames"], most_frames(self.model))
+        if free_noise not in FREE_NOISE:
+            raise UserError(f"free_noise={free_noise!r} is not one of {', '.join(FREE_NOISE)}")
         side, channels = networks.vae.config.factor, networks.vae.config.latent_channels
         shape = (num_frames, height // side, width // side, channels)
         if latents is not None:
@@ -262,15 +269,36 @@ class AnimateDiffPipeline:
             latents = np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)  # b c f h w -> b f h w c
         table = solvers.table(self.schedule, scheduler or self.defaults["scheduler"], steps, eta)
         key = purpose(seed, "solver") if table.draws else None
+        guidance = Guidance(guidance_rescale, guidance_start, guidance_end, pag_scale, pag_adaptive_scale, pag_layers, freeu)
+        perturbed = guidance.perturbed(self.model.layers()["unet"])
+        led = guidance_scale > 1 or perturbed != ""
+        program = Program(
+            networks.unet,
+            rescale=led and guidance.rescale > 0,
+            interval=led and not guidance.always,
+            freeu=freeu is not None,
+            perturbed=perturbed,
+            window=window,
+            at_once=context_batch if window else 1,
+        )
+        rows = len(table.rows.timestep)
+        numbers = numbers_of(guidance_scale, guidance, rows, context.starts(num_frames, window, rows) if window else None)
         lora, text_lora = self.joined_lora("unet"), self.joined_lora("text_encoder")
 
+        if window and free_noise != "none":
+            key_of = partial(jax.random.fold_in, purpose(seed, "free_noise"))
+            permuted = lambda frame, count: np.asarray(jax.random.permutation(key_of(frame), count))
+            order = noise_order(free_noise, num_frames, window, context.stride(window), permuted)
+            drawn = initial_noise(seed, (window, *shape[1:]))[order]
+        else:
+            drawn = initial_noise(seed, shape)
         videos = []
-        for i, text in enumerate(prompts):
+        for i, (text, negative_prompt) in enumerate(zip(prompts, negatives, strict=True)):
             ids = self.tokenize([negative_prompt, text] if guidance_scale > 1 else [text])
             states = encode_text(networks.text_encoder, params["text_encoder"], ids, text_lora)
-            noise = initial_noise(seed, shape) if latents is None else jnp.array(latents[i])
+            noise = drawn if latents is None else jnp.array(latents[i])
             x = noise[None] * jnp.float32(table.start)
-            x = denoise(networks.unet, params["unet"], lora, x, states, table.rows, jnp.float32(guidance_scale), key)
+            x = denoise(program, params["unet"], lora, x, states, table.rows, numbers, key)
             videos.append(decode(networks.vae, params["vae"], x[0]))
         return np.stack([np.asarray(video) for video in videos])
 
@@ -280,15 +308,20 @@ class AnimateDiffPipeline:
         return AnimateDiffPipeline(replace(self.model, params=params, hashes={}), self.schedule, loras, self.defaults)
 
 
-def check_size(model: Model, num_frames: int, height: int, width: int) -> None:
-    """A UserError where the model cannot make a clip of this size."""
-    side, config = model.networks.vae.config.factor, model.networks.unet.config
+def check_size(model: Model, num_frames: int, height: int, width: int, windows: bool = False) -> None:
+    """A UserError where the model cannot make a clip of this size; windows: where a longer one is made in windows."""
+    side = model.networks.vae.config.factor
     for name, value in (("height", height), ("width", width)):
         if value < side or value % side:
             raise UserError(f"{name} {value} is not a positive multiple of {side} pixels: take {max(side, round(value / side) * side)}")
     if num_frames < 1:
         raise UserError(f"num_frames {num_frames} must be at least 1")
-    if config.has_motion and num_frames > config.max_frames:
-        raise UserError(
-            f"{num_frames} frames are more than the motion modules know ({config.max_frames}, their motion_max_seq_length): take fewer"
-        )
+    most = most_frames(model)
+    if num_frames > most and not windows:
+        raise UserError(f"{num_frames} frames are more than the motion modules know ({most}, their motion_max_seq_length): take fewer")
+
+
+def most_frames(model: Model) -> int:
+    """The longest clip that the networks see at once."""
+    config = model.networks.unet.config
+    return config.max_frames if config.has_motion else sys.maxsize

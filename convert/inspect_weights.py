@@ -6,6 +6,7 @@ python convert/inspect_weights.py FILE_OR_FOLDER …
 import argparse
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def tensors_of_parts(path: Path) -> dict:
     return {f"{part}.{key}": tensor for part in parts for key, tensor in tensors_in(path / part, STEMS[part]).items()}
 
 
-def what_fits(kind: str, tensors: dict) -> str:
+def what_fits(kind: str, tensors: Mapping) -> str:
     """With which models it works together, as the widths of its layers say: "" where they say nothing."""
     from anidiff_jax.weights import kinds
 

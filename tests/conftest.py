@@ -38,6 +38,14 @@ def adapter(tmp_path_factory) -> Path:
     return reference.write_adapter(tmp_path_factory.mktemp("adapter"))
 
 
+@pytest.fixture(scope="session")
+def pipe(base, adapter):
+    """Those two, loaded."""
+    import anidiff_jax
+
+    return anidiff_jax.AnimateDiffPipeline.from_pretrained(base, motion_adapter=adapter, dtype="float32")
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """hub("modelscope") → a server on the loopback, which everything that asks this hub now reaches, without anyone's own login."""

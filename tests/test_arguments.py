@@ -97,8 +97,14 @@ TRAINING = {
 SAMPLING = {
     "test_sample.py::test_what_is_asked_for_and_what_the_file_says": (
         "prompt negative_prompt sample_size sample_n_frames sample_stride num_inference_steps guidance_scale seed fps output_path "
-        "scheduler eta"
+        "scheduler eta guidance_rescale guidance_start guidance_end freeu pag_scale pag_adaptive_scale pag_layers "
+        "context_frames context_overlap context_schedule context_batch closed_loop free_noise"
     ),
+    "test_denoising.py::test_windows_are_averaged": "context_frames context_overlap context_schedule context_batch closed_loop",
+    "test_denoising.py::test_noise_is_shuffled_as_in_diffusers": "free_noise",
+    "test_denoising.py::test_guidance_within_its_interval_only": "guidance_rescale guidance_start guidance_end pag_adaptive_scale",
+    "test_denoising.py::test_freeu_equals_diffusers": "freeu",
+    "test_denoising.py::test_perturbed_attention_equals_diffusers": "pag_scale pag_adaptive_scale pag_layers",
     "test_sample.py::test_prompts": "validation_prompts_path prompt eval_human",
     "test_sample.py::test_several_videos_of_a_prompt": "num_videos_per_prompt",
     "test_sample.py::test_a_video_is_made_again": "from_json output_format",
@@ -140,6 +146,8 @@ def another_value(f):
     chosen = {
         "beta_end": 0.5, "sample_size": "16x24", "min_timestep": 1, "timestep_bias_begin": 2, "hub_model_id": "owner/name",
         "validation_fraction": 0.0, "loss_weighting": "none",  # they exclude validation_csv and snr_gamma
+        "context_overlap": 1,
+        "freeu": "0.9,0.2,1.2,1.4",
         "eta": 0.0,  # another scheduler than ddim excludes it
         "output_format": ["webp", "gif"], "grid": ["seed=1,2", "guidance_scale=3"],
     }  # fmt: skip

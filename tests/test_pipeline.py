@@ -34,11 +34,6 @@ def sample_theirs(base, adapter, latents, steps=5, guidance=7.5, lora=None, sche
 
 
 @pytest.fixture(scope="module")
-def pipe(base, adapter):
-    return anidiff_jax.AnimateDiffPipeline.from_pretrained(base, motion_adapter=adapter, dtype="float32")
-
-
-@pytest.fixture(scope="module")
 def latents():
     return np.random.default_rng(0).standard_normal((1, 4, 6, 8, 10), np.float32)
 
@@ -149,7 +144,7 @@ def test_no_guidance_is_guidance_of_one(pipe):
     ("arguments", "words"),
     [
         ({"height": 30}, "height 30 is not a positive multiple of 4"),
-        ({"num_frames": 25}, "25 frames are more than the motion modules know (24"),
+        ({"num_frames": 25, "context_frames": 25}, "context_frames 25 are more than the motion modules know (24"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"latents": np.zeros((1, 4, 3, 8, 8), np.float32)}, "latents have shape"),
         ({"scheduler": "magic"}, "scheduler='magic'"),

@@ -27,6 +27,11 @@ from anidiff_jax.weights.tree import flatten
 from tests import reference
 from tests.conftest import words_of
 
+PLAIN = {
+    "guidance_rescale": 0.0, "guidance_start": 0.0, "guidance_end": 1.0, "freeu": None, "pag_scale": 0.0, "pag_adaptive_scale": 0.0,
+    "pag_layers": "mid_block.*attn1", "context_frames": None, "context_overlap": None, "context_schedule": "uniform", "context_batch": 1,
+    "closed_loop": False, "free_noise": "shuffle",
+}  # fmt: skip
 CLIP = ["--sample_size", "16", "--sample_n_frames", "3"]
 
 
@@ -72,7 +77,7 @@ def test_the_defaults_of_the_embedded_model(asked):
     (call,), _ = asked("--prompt", "a star")
     assert call == {
         "prompt": "a star", "negative_prompt": "", "num_frames": 8, "height": 64, "width": 64, "num_inference_steps": 25,
-        "guidance_scale": 5.0, "seed": 42, "scheduler": "ddim", "eta": 0.0,
+        "guidance_scale": 5.0, "seed": 42, "scheduler": "ddim", "eta": 0.0, **PLAIN,
     }  # fmt: skip
 
 
@@ -82,12 +87,19 @@ def test_what_is_asked_for_and_what_the_file_says(asked, base, tmp_path):
         "num_inference_steps": 3, "guidance_scale": 2.5, "seed": 9, "sample_stride": 6, "fps": 5, "beta_end": 0.02,
         "scheduler": "ddim", "eta": 0.5,
     }  # fmt: skip
+    more = {
+        "guidance_rescale": 0.5, "guidance_start": 0.25, "guidance_end": 0.75, "pag_scale": 2.0, "pag_adaptive_scale": 0.001,
+        "pag_layers": "down_blocks.*attn1", "context_frames": 3, "context_overlap": 1, "context_schedule": "static", "context_batch": 2,
+        "closed_loop": True, "free_noise": "repeat",
+    }  # fmt: skip
+    words |= more | {"freeu": "0.9,0.2,1.2,1.4"}
     (call,), (printed,) = asked(*words_of(**words))
     settings = {
         "negative_prompt": "a square", "num_frames": 4, "height": 16, "width": 24, "num_inference_steps": 3, "guidance_scale": 2.5,
-        "seed": 9, "scheduler": "ddim", "eta": 0.5,
+        "seed": 9, "scheduler": "ddim", "eta": 0.5, **more,
     }  # fmt: skip
-    assert call == {"prompt": "a star", **settings}
+    assert call == {"prompt": "a star", **settings, "freeu": (0.9, 0.2, 1.2, 1.4)}
+    assert set(PLAIN) == {*more, "freeu"}
     assert printed == str(tmp_path / "gifs" / "a-star-seed9.gif")
     image = Image.open(printed)
     assert (image.size, image.n_frames) == ((24, 16), 4)

@@ -43,7 +43,7 @@ def _mistyped(config) -> str:
     """The first setting that is not of its type, "" where there is none."""
     for field in fields(config):
         value = getattr(config, field.name)
-        wanted = {int: int, float: (int, float), bool: bool, str: str}.get(field.type if isinstance(field.type, type) else int, object)
+        wanted: Any = {int: int, float: (int, float), bool: bool, str: str}.get(field.type if isinstance(field.type, type) else int, object)
         for part in _numbers(value):
             if is_dataclass(part):
                 if wrong := _mistyped(part):

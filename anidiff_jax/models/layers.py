@@ -1,5 +1,6 @@
 """The layers that all networks share. Leaves carry PyTorch's names (`weight`, `bias`), so parameter paths equal the diffusers keys."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ class Settings:
     motion_norm: joint | per_frame, the statistics of the motion modules' GroupNorm: over all frames (diffusers) or in each alone
         (the original AnimateDiff). spatial_norm: per_frame | joint, the same of the resnets' norms and the UNet's last (v1: joint).
     motion_scale: factor of what motion modules add; 0 is the image model.
+    perturbed: regular expression; self-attentions of such names let each place see only itself (Ahn et al., 2024, arXiv:2403.17377).
     """
 
     dtype: str = "float32"
@@ -31,6 +33,7 @@ class Settings:
     motion_norm: str = "joint"
     spatial_norm: str = "per_frame"
     motion_scale: float = 1.0
+    perturbed: str = ""
 
     @property
     def precision(self) -> str | None:
@@ -171,6 +174,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, context=None):
+        s = self.settings
+        if context is None and s.perturbed and re.search(s.perturbed, ".".join(self.path)):
+            return Dense(x.shape[-1], s, name="to_out.0")(Dense(x.shape[-1], s, use_bias=False, name="to_v")(x))
         return multi_head(x, x if context is None else context, self.heads, self.settings)
 
 

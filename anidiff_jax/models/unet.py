@@ -4,12 +4,14 @@ Arrays are (b, f, h, w, c) throughout. Spatial layers see each frame alone; only
 """
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from anidiff_jax.models.config import BlockConfig, UNetConfig
+from anidiff_jax.models.freeu import STAGES, freeu
 from anidiff_jax.models.layers import Attention, Conv, Dense, FeedForward, GroupNorm, LayerNorm, Settings
 from anidiff_jax.models.motion import MotionModule
 
@@ -169,9 +171,9 @@ class MidBlock(Block):
 
 class UpBlock(Block):
     @nn.compact
-    def __call__(self, x, skips, time, text):
+    def __call__(self, x, skips, time, text, join=lambda x, skip: (x, skip)):
         for i in range(len(self.config.motion_depths)):
-            x = jnp.concatenate([x, skips.pop()], axis=-1)
+            x = jnp.concatenate(join(x, skips.pop()), axis=-1)
             x = self.attend(i, self.resnet(i)(x, time), text)
         if self.config.resample:
             x = Upsample(self.config.channels, self.settings, name="upsamplers.0")(x, skips[-1].shape[-3:-1])
@@ -182,13 +184,14 @@ class UNet(nn.Module):
     """Predicts the noise (or velocity) in latent frames.
 
     sample (b, f, h, w, in_channels), timesteps (b,), text (b, tokens, cross_attention_dim) → (b, f, h, w, out_channels) in float32.
+    free (4,): FreeU's factors, see `freeu`; None: without it.
     """
 
     config: UNetConfig
     settings: Settings = Settings()
 
     @nn.compact
-    def __call__(self, sample, timesteps, text):
+    def __call__(self, sample, timesteps, text, free=None):
         c, s = self.config, self.settings
         time = TimeEmbedding(c.down[0].channels, s, name="time_embedding")(timesteps)
         x = Conv(c.down[0].channels, s, name="conv_in")(sample)
@@ -198,6 +201,7 @@ class UNet(nn.Module):
             skips += kept
         x = MidBlock(c.mid, c, s, name="mid_block")(x, time, text)
         for i, block in enumerate(c.up):
-            x = UpBlock(block, c, s, name=f"up_blocks.{i}")(x, skips, time, text)
+            join = () if free is None or i >= STAGES else (partial(freeu, stage=i, factors=free),)
+            x = UpBlock(block, c, s, name=f"up_blocks.{i}")(x, skips, time, text, *join)
         x = jax.nn.silu(GroupNorm(c.norm_groups, c.norm_eps, s, s.spatial_norm == "joint", name="conv_norm_out")(x))
         return Conv(c.out_channels, s, name="conv_out")(x).astype(jnp.float32)
