@@ -453,7 +453,7 @@ def test_a_grid(asked, load, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--grid", "sed=1,2"], "there is no argument sed; give NAME=VALUE,VALUE where NAME is one of eta, guidance_scale"),
+        (["--grid", "sed=1,2"], "there is no argument sed; give NAME=VALUE,VALUE where NAME is one of closed_loop, context_batch"),
         (["--grid", "sample_size=16,32"], "sample_size is the same for all videos of a run"),
         (["--grid", "seed=1,x"], "grid seed=1,x: argument --seed: invalid int value: 'x'"),
         (["--grid", "num_inference_steps=0,2"], "num_inference_steps 0 must be at least 1"),
