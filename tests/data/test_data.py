@@ -235,12 +235,12 @@ def test_a_video_that_hangs_the_decoder_is_named(folder, monkeypatch, caplog):
         return real(path, choose)
 
     monkeypatch.setattr(decode, "_with_decord", decoder)
-    monkeypatch.setattr(decode, "PATIENCE", 1.0)
     said = lambda: [record.getMessage() for record in caplog.records if "silent" in record.getMessage()]
     clips = clips_of(records)
     with pytest.raises(BadVideo):
         read_clip(folder / "clips.csv", lambda n: np.arange(n))
     clips(0, 0)
+    monkeypatch.setattr(decode, "PATIENCE", 1.0)
     thread = threading.Thread(target=clips, args=(1, 2))
     thread.start()
     for _ in range(200):
