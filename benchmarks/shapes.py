@@ -61,7 +61,7 @@ def stills() -> dict:
 def adapter() -> dict:
     return {
         "image model alone": evaluate("alone", "--motion_adapter_id_or_path", "none", *FEWER_STEPS),
-        "with the shipped adapter": evaluate("adapter", "--videos", 140, *FEWER_STEPS),
+        "with the shipped adapter": evaluate("adapter", *FEWER_STEPS),
     }
 
 
