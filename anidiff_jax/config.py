@@ -74,6 +74,7 @@ SECTIONS = {
 OF_THE_CALL = (
     "guidance_rescale", "guidance_start", "guidance_end", "pag_scale", "pag_adaptive_scale", "pag_layers",
     "context_frames", "context_overlap", "context_schedule", "context_batch", "closed_loop", "free_noise",
+    "free_init_iterations", "free_init_filter", "free_init_order", "free_init_spatial_stop", "free_init_temporal_stop", "free_init_fast",
 )  # fmt: skip
 EMBEDDED_PROMPTS = Path(__file__).parent / "shapes" / "validation.txt"
 PROMPTS = Path(__file__).parent / "validation.txt"
@@ -405,6 +406,12 @@ class SampleConfig(_Shared):
     free_noise: Literal["shuffle", "repeat", "none"] = arg(
         "shuffle", "noise of the frames after the first window: that of earlier frames in another order, the same again, or their own"
     )
+    free_init_iterations: int = arg(0, "FreeInit: sample so many times, each from the low frequencies of the last video; 3, say; 0 = once")
+    free_init_filter: Literal["butterworth", "gaussian", "ideal", "box"] = arg("butterworth", "what FreeInit keeps of the last video")
+    free_init_order: int = arg(4, "of the butterworth filter: higher is nearer to ideal")
+    free_init_spatial_stop: float = arg(0.25, "where the filter ends in space, as a share of the highest frequency")
+    free_init_temporal_stop: float = arg(0.25, "the same in time")
+    free_init_fast: bool = arg(False, "fewer steps in FreeInit's first iterations")
     num_videos_per_prompt: int = arg(1, "videos of each prompt; video i, from 0, has seed + i")
     grid: list[str] = field(
         default_factory=list,
@@ -446,6 +453,7 @@ class SampleConfig(_Shared):
                 raise UserError(f"{name} {getattr(self, name)} must be between 0 and {highest}")
         self.guidance()
         self.context()
+        self.free_init()
         if self.merge_lora and (self.ckpt_dir is None or self.sft_type != "lora"):
             raise UserError("merge_lora needs --sft_type lora and --ckpt_dir, the checkpoint whose LoRA is to be merged")
 
@@ -466,6 +474,13 @@ class SampleConfig(_Shared):
         from anidiff_jax.diffusion.windows import Context
 
         return Context(self.context_frames, self.context_overlap, self.context_schedule, self.context_batch, self.closed_loop)
+
+    def free_init(self):
+        """What is said of FreeInit, checked."""
+        from anidiff_jax.diffusion.free_init import FreeInit
+
+        said = self.sampling()
+        return FreeInit(**{f.name: said[f"free_init_{f.name}"] for f in fields(FreeInit)})
 
     @property
     def formats(self) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from anidiff_jax.config import EMBEDDED_DEFAULTS, PRESETS
 from anidiff_jax.denoising import Program, denoise, numbers_of
 from anidiff_jax.diffusion import solvers
+from anidiff_jax.diffusion.free_init import FreeInit, renoised
 from anidiff_jax.diffusion.guidance import PAG_LAYERS, Guidance
 from anidiff_jax.diffusion.schedule import NoiseSchedule
 from anidiff_jax.diffusion.windows import FREE_NOISE, Context, noise_order
@@ -227,6 +228,12 @@ class AnimateDiffPipeline:
         context_batch: int = 1,
         closed_loop: bool = False,
         free_noise: str = "shuffle",
+        free_init_iterations: int = 0,
+        free_init_filter: str = "butterworth",
+        free_init_order: int = 4,
+        free_init_spatial_stop: float = 0.25,
+        free_init_temporal_stop: float = 0.25,
+        free_init_fast: bool = False,
     ) -> np.ndarray:
         """Samples a video for each prompt → float32 (prompts, frames, height, width, 3) in [0, 1].
 
@@ -244,6 +251,7 @@ class AnimateDiffPipeline:
         context_frames: a longer video is made in windows of so many frames; not given, one longer than the motion modules know, in windows
         of 16 (the embedded model 8). context_overlap, context_schedule, context_batch, closed_loop: see `windows.Context`.
         free_noise: shuffle | repeat | none, the noise of frames after the first window: of earlier ones, or their own.
+        free_init_iterations: samplings, each from noise with the low frequencies of the one before; how, says `free_init.FreeInit`.
         Raises UserError for a size, a number of frames or steps that the model cannot do.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -267,8 +275,11 @@ class AnimateDiffPipeline:
             if latents.shape != expected:
                 raise UserError(f"latents have shape {latents.shape}, expected {expected}: (prompts, channels, frames, h, w)")
             latents = np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)  # b c f h w -> b f h w c
-        table = solvers.table(self.schedule, scheduler or self.defaults["scheduler"], steps, eta)
-        key = purpose(seed, "solver") if table.draws else None
+        free_init = FreeInit(
+            free_init_iterations, free_init_filter, free_init_order, free_init_spatial_stop, free_init_temporal_stop, free_init_fast
+        )
+        name = scheduler or self.defaults["scheduler"]
+        tables = [solvers.table(self.schedule, name, free_init.steps(i, steps), eta) for i in range(max(1, free_init.iterations))]
         guidance = Guidance(guidance_rescale, guidance_start, guidance_end, pag_scale, pag_adaptive_scale, pag_layers, freeu)
         perturbed = guidance.perturbed(self.model.layers()["unet"])
         led = guidance_scale > 1 or perturbed != ""
@@ -281,8 +292,8 @@ class AnimateDiffPipeline:
             window=window,
             at_once=context_batch if window else 1,
         )
-        rows = len(table.rows.timestep)
-        numbers = numbers_of(guidance_scale, guidance, rows, context.starts(num_frames, window, rows) if window else None)
+        starts = lambda rows: context.starts(num_frames, window, rows) if window else None
+        numbers = [numbers_of(guidance_scale, guidance, rows, starts(rows)) for rows in (len(table.rows.timestep) for table in tables)]
         lora, text_lora = self.joined_lora("unet"), self.joined_lora("text_encoder")
 
         if window and free_noise != "none":
@@ -296,10 +307,13 @@ class AnimateDiffPipeline:
         for i, (text, negative_prompt) in enumerate(zip(prompts, negatives, strict=True)):
             ids = self.tokenize([negative_prompt, text] if guidance_scale > 1 else [text])
             states = encode_text(networks.text_encoder, params["text_encoder"], ids, text_lora)
-            noise = drawn if latents is None else jnp.array(latents[i])
-            x = noise[None] * jnp.float32(table.start)
-            x = denoise(program, params["unet"], lora, x, states, table.rows, numbers, key)
-            videos.append(decode(networks.vae, params["vae"], x[0]))
+            first = last = drawn if latents is None else jnp.array(latents[i])
+            for again, (table, how) in enumerate(zip(tables, numbers, strict=True)):
+                fresh_key, solver_key = (jax.random.fold_in(purpose(seed, name), again) for name in ("free_init", "solver"))
+                noise = renoised(self.schedule, free_init, last, first, jax.random.normal(fresh_key, shape)) if again else first
+                key = (solver_key if again else purpose(seed, "solver")) if table.draws else None
+                last = denoise(program, params["unet"], lora, noise[None] * jnp.float32(table.start), states, table.rows, how, key)[0]
+            videos.append(decode(networks.vae, params["vae"], last))
         return np.stack([np.asarray(video) for video in videos])
 
     def with_weights(self, params: dict[str, Tree], lora: Tree | None, lora_scale: float) -> "AnimateDiffPipeline":

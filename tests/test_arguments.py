@@ -98,8 +98,13 @@ SAMPLING = {
     "test_sample.py::test_what_is_asked_for_and_what_the_file_says": (
         "prompt negative_prompt sample_size sample_n_frames sample_stride num_inference_steps guidance_scale seed fps output_path "
         "scheduler eta guidance_rescale guidance_start guidance_end freeu pag_scale pag_adaptive_scale pag_layers "
-        "context_frames context_overlap context_schedule context_batch closed_loop free_noise"
+        "context_frames context_overlap context_schedule context_batch closed_loop free_noise "
+        "free_init_iterations free_init_filter free_init_order free_init_spatial_stop free_init_temporal_stop free_init_fast"
     ),
+    "diffusion/test_free_init.py::test_renoising_equals_diffusers": (
+        "free_init_filter free_init_order free_init_spatial_stop free_init_temporal_stop"
+    ),
+    "diffusion/test_free_init.py::test_videos_equal_diffusers": "free_init_iterations free_init_fast",
     "test_denoising.py::test_windows_are_averaged": "context_frames context_overlap context_schedule context_batch closed_loop",
     "test_denoising.py::test_noise_is_shuffled_as_in_diffusers": "free_noise",
     "test_denoising.py::test_guidance_within_its_interval_only": "guidance_rescale guidance_start guidance_end pag_adaptive_scale",

@@ -30,7 +30,8 @@ from tests.conftest import words_of
 PLAIN = {
     "guidance_rescale": 0.0, "guidance_start": 0.0, "guidance_end": 1.0, "freeu": None, "pag_scale": 0.0, "pag_adaptive_scale": 0.0,
     "pag_layers": "mid_block.*attn1", "context_frames": None, "context_overlap": None, "context_schedule": "uniform", "context_batch": 1,
-    "closed_loop": False, "free_noise": "shuffle",
+    "closed_loop": False, "free_noise": "shuffle", "free_init_iterations": 0, "free_init_filter": "butterworth", "free_init_order": 4,
+    "free_init_spatial_stop": 0.25, "free_init_temporal_stop": 0.25, "free_init_fast": False,
 }  # fmt: skip
 CLIP = ["--sample_size", "16", "--sample_n_frames", "3"]
 
@@ -90,7 +91,8 @@ def test_what_is_asked_for_and_what_the_file_says(asked, base, tmp_path):
     more = {
         "guidance_rescale": 0.5, "guidance_start": 0.25, "guidance_end": 0.75, "pag_scale": 2.0, "pag_adaptive_scale": 0.001,
         "pag_layers": "down_blocks.*attn1", "context_frames": 3, "context_overlap": 1, "context_schedule": "static", "context_batch": 2,
-        "closed_loop": True, "free_noise": "repeat",
+        "closed_loop": True, "free_noise": "repeat", "free_init_iterations": 2, "free_init_filter": "box", "free_init_order": 3,
+        "free_init_spatial_stop": 0.5, "free_init_temporal_stop": 0.75, "free_init_fast": True,
     }  # fmt: skip
     words |= more | {"freeu": "0.9,0.2,1.2,1.4"}
     (call,), (printed,) = asked(*words_of(**words))
