@@ -193,7 +193,8 @@ def test_noise_is_shuffled_as_in_diffusers(base, adapter, monkeypatch, frames, s
     theirs = type("Theirs", (AnimateDiffFreeNoiseMixin,), {"vae_scale_factor": 1})()
     theirs._free_noise_context_length, theirs._free_noise_context_stride, theirs._free_noise_noise_type = 16, stride, "shuffle_context"
     numbered = torch.arange(frames).reshape(1, 1, -1, 1, 1).float()
-    expected = theirs._prepare_latents_free_noise(1, 1, frames, 1, 1, torch.float32, torch.device("cpu"), latents=numbered)
+    monkeypatch.setattr("diffusers.pipelines.free_noise_utils.randn_tensor", lambda *_, **__: numbered)
+    expected = theirs._prepare_latents_free_noise(1, 1, frames, 1, 1, torch.float32, torch.device("cpu"))
     assert ours.tolist() == expected.flatten().tolist()
     assert orders == []
     assert sorted(ours[:16]) == list(range(16))

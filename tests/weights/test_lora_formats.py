@@ -166,7 +166,7 @@ def test_what_is_no_plain_lora_is_refused_by_name(model, layers, tmp_path):
             load_lora(foreign.save({**state, key: torch.ones(3)}, tmp_path / "x.safetensors"), model.layers())
     first = next(pair for (part, name), pair in layers.items() if part == "unet" and "attn1.to_q" in name)
     name = next(name for part, name in layers if part == "unet" and "attn1.to_q" in name)
-    twice = {f"unet.{name}.lora_{m}.weight": x for m, x in zip("AB", first, strict=True)}
+    twice = {f"unet.{name}.lora_{m}.weight": x.clone() for m, x in zip("AB", first, strict=True)}
     for damaged, why in (
         ({k: v for k, v in state.items() if k != f"{stem}.lora_up.weight"}, "lacks one"),
         ({**state, "lora_unet_nowhere.lora_down.weight": torch.ones(3, 3)}, "this model lacks"),
