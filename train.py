@@ -88,41 +88,43 @@ def main() -> None:
     log.info("%d updates of %d clips: %d devices × batch %d × %d micro-batches", updates, per_update, devices, config.batch_size,
              config.gradient_accumulation_steps)  # fmt: skip
 
-    def examine(step: int) -> dict[str, float]:
+    def examine(step: int) -> None:
         """What tells how it goes: the loss on clips that never train, and videos."""
         here, weights = on_one_device(state), on_one_device(frozen)
         losses = validation(here.best, weights) if validation else {}
         lora = here.best if config.sft_type == "lora" else None
         unet = weights["unet"] if lora else merge(weights["unet"], here.best)
         now = pipeline.with_weights({**weights, "unet": unet}, lora, task.lora_scale or 1.0)
-        return {**losses, **save_samples(now, prompts, config, run / "samples" / f"iter-{step}")}
+        report.scores(step, {**losses, **save_samples(now, prompts, config, run / "samples" / f"iter-{step}")})
 
     hub = Hub(config, len(records))
     if checkpoint is None and is_main():
         save_sanity_check(batch, records, pipeline, on_one_device(frozen)["vae"], run / "sanity_check")
     with Report(run, config, updates, per_update, done) as report, Checkpoints(run, model, config, hub) as checkpoints, Stop() as stop:
-        save = lambda scores: checkpoints.save(on_one_device(state), on_one_device(frozen)["unet"], scores.get("validation_loss"))
+        save = lambda: checkpoints.save(on_one_device(state), on_one_device(frozen)["unet"])
+        to_examine = lambda step: is_main() and (step == updates or step % config.eval_steps == 0)
+        if checkpoint and to_examine(done) and done not in report.scored:  # it was saved, and killed before it was examined
+            examine(done)
         for step in range(done + 1, updates + 1):
             state, metrics = update(state, frozen, to_devices(batch))
             if step < updates:
                 batch = next_batch()  # read while the devices work
             report.update(step, float(metrics["loss"]), float(metrics["grad_norm"]), float(rate(step - 1)))  # waits for them
 
-            last, asked = step == updates, stop.asked(step)
-            scores: dict[str, float] = {}
+            asked = stop.asked(step)
             if asked:  # first what must not be lost
-                save(scores)
+                save()
                 checkpoints.wait()
-            if (last or step % config.eval_steps == 0) and is_main():
-                scores = examine(step)
-                report.scores(step, scores)
-            if last or step % (config.save_steps or config.eval_steps) == 0 or (asked and scores):
-                save(scores)
+            if to_examine(step):
+                examine(step)
+            if not asked and (step == updates or step % (config.save_steps or config.eval_steps) == 0):
+                save()
             if asked:
                 log.warning("asked to end (SIGTERM): saved at update %d, go on with --resume_from_checkpoint %s", step, run)
                 break
         if updates == 0 and is_main():
-            save(examine(0))
+            examine(0)
+            save()
     if clips.skipped:
         log.warning("%d of %d videos could not be used", len(clips.skipped), len(records))
     if is_main():

@@ -64,7 +64,10 @@ def main() -> None:
     ask = "import jax; device = jax.devices()[0]; print(device.platform, device.device_kind, sep='\\n')"  # and lets go of a GPU's memory
     where, kind = subprocess.run([sys.executable, "-c", ask], check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")[:2]
     cases = {**CASES, **(GPU_CASES if where == "gpu" else {})}
-    rows = [measure(name, settings) for name, settings in cases.items() if name.startswith(args.only)]
+    cases = {name: settings for name, settings in cases.items() if name.startswith(args.only)}
+    if not MODEL.exists() and any("model_id_or_path" in settings for settings in cases.values()):
+        subprocess.run([sys.executable, "-c", "import benchmarks.unet_forward as b; b.make_model()"], cwd=HERE.parent, check=True)
+    rows = [measure(name, settings) for name, settings in cases.items()]
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     machine = f"{kind}, {os.cpu_count()} cores, {cpu[1] if cpu else platform.machine()}, jax {version('jax')}"
     RESULTS.mkdir(exist_ok=True)

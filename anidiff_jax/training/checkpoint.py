@@ -17,7 +17,7 @@ from anidiff_jax.errors import UserError
 from anidiff_jax.models.config import is_motion_unet
 from anidiff_jax.parallel import is_main
 from anidiff_jax.training.push import Hub
-from anidiff_jax.training.runs import BEST, best_of, steps_in
+from anidiff_jax.training.runs import best_of, steps_in
 from anidiff_jax.training.setup import lora_dtype
 from anidiff_jax.training.state import TrainState
 from anidiff_jax.weights import files
@@ -32,7 +32,9 @@ from anidiff_jax.weights.tree import Tree, flatten, is_motion, merge, split
 class Checkpoints:
     """Writes a run's checkpoints one after the other in a thread of their own; only the main process writes.
 
-    An error in writing (a full disk) comes up at the next call; what was whole before stays.
+    The state is copied to the host first, and the updates go on while it is written. On a CPU the copy would be a second state in
+    the memory where the first is, so there the updates wait. An error in writing (a full disk) comes up at the next call; what was
+    whole before stays.
     """
 
     def __init__(self, run: Path, model: Model, config: TrainConfig, hub: Hub):
@@ -51,13 +53,13 @@ class Checkpoints:
         if error[0] is None:
             self.wait()
 
-    def save(self, state: TrainState, frozen_unet: Tree, validation_loss: float | None = None) -> None:
-        """Takes a copy of the state, which the next update may then overwrite, and returns; waits for the save before it."""
+    def save(self, state: TrainState, frozen_unet: Tree) -> None:
+        """Writes the state, which the next update may overwrite once this returns; waits for the save before it."""
         self.wait()
         if is_main():
-            to_host = np.array if jax.default_backend() == "cpu" else np.asarray  # on a CPU asarray would be the state's own memory
-            copied = jax.tree.map(to_host, state)
-            self._pending = self._thread.submit(self._write, copied, frozen_unet, validation_loss)
+            self._pending = self._thread.submit(self._write, jax.tree.map(np.asarray, state), frozen_unet)
+            if jax.default_backend() == "cpu":  # what is written is the state itself
+                self.wait()
 
     def wait(self) -> None:
         """Returns when all is written; raises what went wrong in writing."""
@@ -71,16 +73,14 @@ class Checkpoints:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 raise UserError(f"a checkpoint could not be written to {self.folder} ({reason}); {last}: make room, then resume") from None
 
-    def _write(self, state: TrainState, frozen_unet: Tree, validation_loss: float | None) -> None:
+    def _write(self, state: TrainState, frozen_unet: Tree) -> None:
         step = int(state.step)
         write_checkpoint(self.folder / f"iter-{step}", state, frozen_unet, self.model, self.config)
-        best = best_of(self.folder)
-        if validation_loss is not None and (best is None or validation_loss < best["validation_loss"]):
-            best = {"step": step, "validation_loss": validation_loss}
-            files.save_json(best, self.folder / BEST)
+        best = best_of(self.folder.parent)
         self.hub.saved(self.folder / f"iter-{step}", best is not None and best["step"] == step)
         if self.config.save_total_limit is not None:
             kept = {step} | ({best["step"]} if best else set())
+            kept |= {n for n in steps_in(self.folder) if self.hub.needs(self.folder / f"iter-{n}")}
             others = [n for n in steps_in(self.folder) if n not in kept]
             for old in others[: max(0, len(others) + len(kept) - self.config.save_total_limit)]:
                 shutil.rmtree(self.folder / f"iter-{old}", ignore_errors=True)

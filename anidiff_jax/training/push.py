@@ -24,24 +24,33 @@ class Hub:
     def __init__(self, config: TrainConfig, clips: int):
         self.config, self.clips = config, clips
         self._pushed: Path | None = None
+        self._waiting: set[Path] = set()
         self._thread = ThreadPoolExecutor(1)  # a slow hub holds nothing up
 
     def saved(self, checkpoint: Path, is_best: bool) -> None:
         """After each checkpoint."""
         if self.config.push_to_hub and self.config.push_hub_strategy == "all_checkpoints":
-            self._thread.submit(self._push, checkpoint, f"{checkpoint.name}/")
+            self._submit(checkpoint, f"{checkpoint.name}/")
         elif self.config.push_to_hub and self.config.push_hub_strategy == "push_best" and is_best:
-            self._thread.submit(self._push, checkpoint)
+            self._submit(checkpoint)
+
+    def needs(self, checkpoint: Path) -> bool:
+        """Whether it is still to be pushed: a slow hub gets it before it may be deleted."""
+        return checkpoint in self._waiting
 
     def finished(self, last: Path) -> None:
         """After the run: the last checkpoint, where it is wanted, or where there was no validation to find a best one; waits."""
         self._thread.shutdown()
         if not self.config.push_to_hub or self.config.push_hub_strategy == "all_checkpoints":
             return
-        best = best_of(last.parent) if self.config.push_hub_strategy == "push_best" else None
+        best = best_of(last.parent.parent) if self.config.push_hub_strategy == "push_best" else None
         wanted = last.parent / f"iter-{best['step']}" if best else last
         if wanted != self._pushed and wanted.is_dir():
             self._push(wanted)
+
+    def _submit(self, checkpoint: Path, prefix: str = "") -> None:
+        self._waiting.add(checkpoint)
+        self._thread.submit(self._push, checkpoint, prefix).add_done_callback(lambda _: self._waiting.discard(checkpoint))
 
     def _push(self, checkpoint: Path, prefix: str = "") -> None:
         c = self.config

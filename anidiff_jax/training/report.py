@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.parallel import is_main
+from anidiff_jax.training.runs import LOG, read_log
 
 console = Console(stderr=True)
 log = logging.getLogger(__name__)
@@ -35,9 +36,10 @@ class Report:
     """The bar over updates and the log file; on a terminal that cannot show a bar, a line now and then. Silent but in the main process."""
 
     def __init__(self, run: Path, config: TrainConfig, updates: int, clips_per_update: int, first: int = 0):
-        self.file = (run / "metrics.jsonl" if is_main() else Path(os.devnull)).open("a", encoding="utf-8")
+        self.file = (run / LOG if is_main() else Path(os.devnull)).open("a", encoding="utf-8")
         self.clips_per_update, self.updates = clips_per_update, updates
         self.clock = time.perf_counter()
+        self.scored = {line["step"] for line in read_log(run) if "loss" not in line}  # updates that were examined
         self.entries: list[dict[str, Any]] = []  # of this process's updates
         self.wandb = start_wandb(run, config) if config.use_wandb and is_main() else None
         self.tensorboard = start_tensorboard(run) if config.use_tensorboard and is_main() else None
@@ -86,6 +88,7 @@ class Report:
     def scores(self, step: int, scores: dict[str, float]) -> None:
         """Reports validation losses and scores of videos, if any; leaves out of the clock what came since the last update."""
         if scores:
+            self.scored.add(step)
             self.write({"step": step, **{name: round(value, 5) for name, value in scores.items()}})
             log.info("update %d: %s", step, ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items()))
         self.clock = time.perf_counter()

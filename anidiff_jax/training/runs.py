@@ -1,5 +1,6 @@
 """The folder of a run: how it begins, what its checkpoints are called, and where it is gone on with."""
 
+import contextlib
 import json
 import math
 from datetime import datetime
@@ -11,7 +12,6 @@ from anidiff_jax.errors import UserError
 from anidiff_jax.weights import files
 
 LOG = "metrics.jsonl"
-BEST = "best.json"  # {"step", "validation_loss"} of the checkpoint with the lowest validation loss
 
 
 def run_folder(config: TrainConfig, checkpoint: Path | None) -> Path:
@@ -25,7 +25,7 @@ def run_folder(config: TrainConfig, checkpoint: Path | None) -> Path:
     else:
         old, step = checkpoint.parent.parent, int(checkpoint.name[5:])
         run = old if steps_in(checkpoint.parent)[-1] == step else _new_folder(config)
-        write_log(run, log_until(old, step))
+        write_log(run, [entry for entry in read_log(old) if entry["step"] <= step])
     files.save_json(config.to_json(), run / "config.json")
     return run
 
@@ -44,23 +44,19 @@ def _new_folder(config: TrainConfig) -> Path:
     raise UserError(f"output_dir {config.output_dir} holds a hundred runs of this second")
 
 
-def log_until(run: Path, step: int) -> list[str]:
-    """The lines of a run's log up to an update; a killed run may have left the last one half written."""
-
-    def step_of(line: str) -> float:
-        try:
-            return json.loads(line)["step"]
-        except ValueError:
-            return math.inf
-
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The entries of a run's log; a killed run may have left the last one half written."""
     path = run / LOG
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [line for line in lines if step_of(line) <= step]
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
-def write_log(run: Path, lines: list[str]) -> None:
+def write_log(run: Path, entries: list[dict[str, Any]]) -> None:
     aside = run / f".{LOG}.part"
-    aside.write_text("".join(lines), encoding="utf-8")
+    aside.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
     aside.replace(run / LOG)
 
 
@@ -69,10 +65,11 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in folder.glob("iter-*") if path.name[5:].isdecimal() and path.is_dir())
 
 
-def best_of(folder: Path) -> dict[str, Any] | None:
-    """What best.json says, where there is one."""
-    path = folder / BEST
-    return files.read_json(path) if path.is_file() else None
+def best_of(run: Path) -> dict[str, Any] | None:
+    """The log's entry of the checkpoint with the lowest validation loss; None where none was validated."""
+    saved = set(steps_in(run / "checkpoints"))
+    seen = [entry for entry in read_log(run) if entry["step"] in saved and math.isfinite(entry.get("validation_loss", math.nan))]
+    return min(seen, key=lambda entry: entry["validation_loss"], default=None)
 
 
 def find_checkpoint(where: str, output_dir: str) -> Path:

@@ -7,11 +7,12 @@ import numpy as np
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.data.records import Records
-from anidiff_jax.pipeline import AnimateDiffPipeline, decode
+from anidiff_jax.pipeline import AnimateDiffPipeline
+from anidiff_jax.sampling import decode
 from anidiff_jax.scores import general_scores
 from anidiff_jax.sheets import contact_sheet
 from anidiff_jax.video import free_path, save_gif, slug
-from anidiff_jax.weights.files import save_json
+from anidiff_jax.weights.files import save_json, written_whole
 from anidiff_jax.weights.tree import Tree
 
 FPS = 8
@@ -34,9 +35,10 @@ def save_samples(pipeline: AnimateDiffPipeline, prompts: Sequence[str], config: 
     """A GIF for each prompt, with the run's seed, and all of them as a contact sheet; returns the mean of their general scores."""
     settings = config.sampling()
     videos = [pipeline(prompt, **settings)[0] for prompt in prompts]
-    for prompt, video in zip(prompts, videos, strict=True):
-        save_gif(video, free_path(folder, prompt, config.seed), FPS, {"prompt": prompt, **settings})
     scores = [general_scores(video) for video in videos]
-    save_json({"prompts": dict(zip(prompts, scores, strict=True)), **settings}, folder / "scores.json")
-    contact_sheet(videos, prompts, folder / "sheet.png")
+    with written_whole(folder) as out:
+        for prompt, video in zip(prompts, videos, strict=True):
+            save_gif(video, free_path(out, prompt, config.seed), FPS, {"prompt": prompt, **settings})
+        save_json({"prompts": dict(zip(prompts, scores, strict=True)), **settings}, out / "scores.json")
+        contact_sheet(videos, prompts, out / "sheet.png")
     return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}

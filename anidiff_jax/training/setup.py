@@ -16,8 +16,9 @@ from anidiff_jax.models.config import fresh_motion_config, is_motion_unet, unet_
 from anidiff_jax.models.init import shapes
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.unet import UNet
-from anidiff_jax.pipeline import AnimateDiffPipeline, check_size
+from anidiff_jax.pipeline import AnimateDiffPipeline
 from anidiff_jax.random import purpose
+from anidiff_jax.sampling import check_size
 from anidiff_jax.training.encode import fill_cache
 from anidiff_jax.training.step import Task
 from anidiff_jax.weights.base import EMBEDDED, EMBEDDED_CLIPS, Model, load_model

@@ -1,7 +1,5 @@
 """The last page of a run, `report.md`: what it cost, its curves, its samples in time order, its settings."""
 
-import json
-import resource
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,8 @@ import jax.numpy as jnp
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.models.flops import count_flops
 from anidiff_jax.models.unet import UNet
-from anidiff_jax.training.runs import LOG, best_of
+from anidiff_jax.progress import peak_memory
+from anidiff_jax.training.runs import best_of, read_log
 from anidiff_jax.training.step import Task, denoising_loss
 from anidiff_jax.weights.tree import Tree
 
@@ -31,14 +30,6 @@ def flops_of_update(task: Task, trained: Tree, frozen: dict[str, Tree], config: 
     inputs = (latents, shape((1, text.max_length, unet.cross_attention_dim), jnp.float32), shape((1,), jax.random.key(0).dtype))
     loss = lambda trained, unet, *inputs: denoising_loss(trained, {"unet": unet}, task, *inputs)
     return clips * count_flops(jax.grad(loss), trained, frozen["unet"], *inputs)
-
-
-def peak_memory() -> tuple[float, str]:
-    """(GB, of what): of the device where it says, else of this process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 1e9, "a device"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "the process"
 
 
 def cost_of(entries: list[dict[str, Any]], flops: int, waited: float) -> dict[str, Any]:
@@ -63,11 +54,11 @@ def cost_of(entries: list[dict[str, Any]], flops: int, waited: float) -> dict[st
 
 def write_report(run: Path, config: TrainConfig, cost: dict[str, Any]) -> Path:
     """Writes report.md and the picture of its curves into the run's folder."""
-    entries = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    entries = read_log(run)
     draw_curves(entries, run / "curves.png")
     lines = [f"# {run.name}", "", "![loss and scores against updates](curves.png)", "", "## Cost", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in cost.items()]
-    if best := best_of(run / "checkpoints"):
+    if best := best_of(run):
         lines += ["", f"Lowest validation loss: {best['validation_loss']:.5f} at update {best['step']}."]
     lines += ["", "## Samples", ""]
     folders = sorted(run.glob("samples/iter-*"), key=lambda folder: int(folder.name[5:]))

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import threading
 
+import jax
 import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file
@@ -11,7 +13,7 @@ from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.training import checkpoint
 from anidiff_jax.training.push import Hub
-from anidiff_jax.training.runs import best_of, steps_in
+from anidiff_jax.training.runs import best_of, read_log, steps_in, write_log
 from anidiff_jax.training.state import TrainState
 from anidiff_jax.weights.loras import load_lora
 
@@ -35,13 +37,16 @@ def state(step: int) -> TrainState:
     return TrainState(jnp.int32(step), {"x": jnp.float32(step)}, ())
 
 
-def test_a_full_disk_leaves_the_last_good_one(write, tmp_path):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_full_disk_leaves_the_last_good_one(write, tmp_path, monkeypatch, backend):
     config = TrainConfig()
     with checkpoint.Checkpoints(tmp_path, None, config, Hub(config, 1)) as checkpoints:
         checkpoints.save(state(2), {})
         checkpoints.wait()
         write.append("full")
-        checkpoints.save(state(4), {})  # comes up at the next call
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        if backend == "gpu":
+            checkpoints.save(state(4), {})  # comes up at the next call, while a CPU waits for the file
         with pytest.raises(UserError, match=r"No space left on device\); the last whole one is iter-2: make room, then resume"):
             checkpoints.save(state(6), {})
     assert steps_in(tmp_path / "checkpoints") == [2]
@@ -49,7 +54,7 @@ def test_a_full_disk_leaves_the_last_good_one(write, tmp_path):
 
 
 def test_what_was_saved_is_what_was_then(write, tmp_path):
-    """The updates go on, and overwrite the state, while it is written."""
+    """The updates overwrite the state once it is written."""
     config = TrainConfig()
     with checkpoint.Checkpoints(tmp_path, None, config, Hub(config, 1)) as checkpoints:
         for step in (1, 2, 3):
@@ -77,9 +82,34 @@ def test_retention_never_deletes_the_best_or_the_last(write, tmp_path, limit, ke
     losses = [0.5, 0.4, 0.1, 0.3, None, 0.2]
     with checkpoint.Checkpoints(tmp_path, None, config, Hub(config, 1)) as checkpoints:
         for step, loss in enumerate(losses, 1):
-            checkpoints.save(state(step), {}, loss)
+            checkpoints.wait()
+            write_log(tmp_path, [*read_log(tmp_path), {"step": step} if loss is None else {"step": step, "validation_loss": loss}])
+            checkpoints.save(state(step), {})
     assert steps_in(tmp_path / "checkpoints") == kept
-    assert best_of(tmp_path / "checkpoints") == {"step": 3, "validation_loss": 0.1}
+    assert best_of(tmp_path) == {"step": 3, "validation_loss": 0.1}
+
+
+def test_what_a_slow_hub_has_not_got_yet_is_kept(write, tmp_path, monkeypatch):
+    config = TrainConfig(save_total_limit=1, push_to_hub=True, hub_model_id="me/it", hub_token="t", push_hub_strategy="all_checkpoints")
+    busy, got = threading.Event(), []
+
+    def push(self, path, prefix):
+        busy.wait(60)
+        got.append((path.name, path.is_dir()))
+
+    monkeypatch.setattr(Hub, "_push", push)
+    hub, folder = Hub(config, 1), tmp_path / "checkpoints"
+    with checkpoint.Checkpoints(tmp_path, None, config, hub) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(state(step), {})
+        checkpoints.wait()
+        assert steps_in(folder) == [1, 2, 3]
+        busy.set()
+        hub._thread.submit(lambda: None).result()  # the pushes before it are done
+        checkpoints.save(state(4), {})
+    hub.finished(folder / "iter-4")
+    assert got == [(f"iter-{i}", True) for i in (1, 2, 3, 4)]
+    assert steps_in(folder) == [4]
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("fp32", "float32"), ("fp16", "float16")])

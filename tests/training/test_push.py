@@ -10,6 +10,7 @@ from anidiff_jax.arguments import parse
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.training.push import Hub, card
+from anidiff_jax.training.runs import write_log
 from anidiff_jax.weights.hub import HUBS
 from tests.hubs import TOKEN
 
@@ -31,7 +32,7 @@ def run(tmp_path):
         samples = tmp_path / "ad-1" / "samples" / f"iter-{step}"
         samples.mkdir(parents=True)
         (samples / "a.gif").write_bytes(b"GIF")
-    (tmp_path / "ad-1" / "checkpoints" / "best.json").write_text('{"step": 5, "validation_loss": 0.1}')
+    write_log(tmp_path / "ad-1", [{"step": step, "validation_loss": step / 50} for step in (5, 10)])
     return tmp_path / "ad-1" / "checkpoints"
 
 

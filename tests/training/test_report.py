@@ -32,8 +32,8 @@ def fill(run, **settings) -> Report:
             report.update(step, 1 / step, 0.5, 1e-3)
             if step % 2 == 0:
                 report.scores(step, {"validation_loss": 2 / step, "validation_loss_0": 1 / step, "motion_degree": 0.25})
-    (run / "checkpoints").mkdir()
-    (run / "checkpoints" / "best.json").write_text('{"step": 4, "validation_loss": 0.5}')
+    for step in (2, 4):
+        (run / "checkpoints" / f"iter-{step}").mkdir(parents=True)
     for step in (2, 4):
         (run / "samples" / f"iter-{step}").mkdir(parents=True)
     write_report(run, config, cost_of(report.entries, 10**12, waited=3.0))

@@ -1,15 +1,19 @@
 """A run that is killed and gone on with ends where one ends that was never interrupted, bit for bit."""
 
 import json
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
 
+from anidiff_jax import AnimateDiffPipeline
 from anidiff_jax.errors import UserError
-from anidiff_jax.training.runs import LOG, find_checkpoint, log_until, steps_in
-from tests.training.runs import finish, log_of, same_ends, short_run, start, wait_for
+from anidiff_jax.scores import general_scores
+from anidiff_jax.training.runs import LOG, best_of, find_checkpoint, read_log, steps_in, write_log
+from anidiff_jax.weights.tree import flatten
+from tests.training.runs import finish, log_of, same_ends, short_run, start, state_of, wait_for
 
 UPDATES = 7
 
@@ -61,6 +65,31 @@ def test_asked_to_end_it_saves_first(command, whole, tmp_path):
     same_ends(finish(start("--resume_from_checkpoint", run)), whole)
 
 
+def test_what_was_saved_and_not_examined_is_examined_first(whole, tmp_path):
+    """As when a cluster asks to end at an update that is to be examined, and loses patience while it is."""
+    run = tmp_path / whole.parent.parent.name
+    shutil.copytree(whole.parent.parent, run)
+    shutil.rmtree(run / "samples" / whole.name)
+    write_log(run, [entry for entry in read_log(run) if entry["step"] < UPDATES or "loss" in entry])
+    same_ends(finish(start("--resume_from_checkpoint", run)), whole)
+    assert (run / "samples" / whole.name / "sheet.png").exists()
+
+
+def test_samples_are_made_with_the_moving_average(whole, base, adapter):
+    """What a checkpoint exports is the average: it gives the run's samples, and what was last updated does not."""
+    told = json.loads((whole.parent.parent / "samples" / whole.name / "scores.json").read_text())
+    prompts = told.pop("prompts")
+    pipeline = AnimateDiffPipeline.from_pretrained(base, motion_adapter=adapter)
+    pipeline.load_lora(whole)
+    prompt, scores = next(iter(prompts.items()))
+    assert general_scores(pipeline(prompt, **told)[0]) == pytest.approx(scores, rel=1e-4)
+    averaged = pipeline.joined_lora("unet")
+    size = lambda state, part: sum(float(np.abs(x).sum()) for name, x in state.items() if part in name and "lora_B" in name)
+    exported, state = size(flatten(averaged), ""), state_of(whole)
+    assert exported == pytest.approx(4 * size(state, "ema"), rel=1e-3)  # lora_alpha / lora_rank
+    assert exported != pytest.approx(4 * size(state, "params"), rel=0.01)
+
+
 def test_an_earlier_checkpoint_becomes_a_run_of_its_own(whole, tmp_path):
     run = whole.parent.parent
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -74,7 +103,7 @@ def test_the_best_and_the_last_are_kept(command, tmp_path):
     last = finish(start(*command, "--output_dir", tmp_path, "--save_total_limit", "2", "--save_steps", "1", "--eval_steps", "1"))
     losses = {entry["step"]: entry["validation_loss"] for entry in log_of(last.parent.parent) if "validation_loss" in entry}
     assert len(losses) == UPDATES
-    best = json.loads((last.parent / "best.json").read_text())["step"]
+    best = best_of(last.parent.parent)["step"]
     assert best == min(losses, key=losses.get)
     assert set(steps_in(last.parent)) == {best, UPDATES} | ({UPDATES - 1} if best == UPDATES else set())
 
@@ -84,7 +113,7 @@ def test_what_cannot_be_gone_on_with(whole, tmp_path):
         find_checkpoint("latest", str(tmp_path))
     with pytest.raises(UserError, match="holds no checkpoint"):
         find_checkpoint(str(tmp_path), "")
-    assert log_until(tmp_path, 3) == []
+    assert read_log(tmp_path) == []
     process = start("--resume_from_checkpoint", whole, "--lora_rank", "2", "--output_dir", tmp_path, "--max_steps", "9")
     _, err = process.communicate()
     assert process.returncode == 2
