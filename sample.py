@@ -12,7 +12,9 @@
 Every argument: python sample.py --help.
 """
 
+import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,46 +43,67 @@ def main() -> None:
     if config.eval_human:
         for asked in interactive.requests(config, pipeline):
             try:
-                interactive.show(make(pipeline, asked, axes))
+                interactive.show(make(pipeline, [asked], axes))
             except UserError as error:  # told, and asked again
                 print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:  # Ctrl-C ends the video, Ctrl-D the conversation
+                print("stopped", file=sys.stderr)
     else:
-        for prompt in prompts:
-            make(pipeline, config.but(prompt=prompt), axes)
+        make(pipeline, [config.but(prompt=prompt) for prompt in prompts], axes)
 
 
-def make(pipeline, config: SampleConfig, axes):
-    """All videos of one prompt; returns the frames of the last."""
-    for i in range(config.num_videos_per_prompt):
-        asked = config.but(seed=config.seed + i, num_videos_per_prompt=1)
-        video = sample_grid(pipeline, asked, axes) if axes else sample(pipeline, asked)
-    return video
+def make(pipeline, configs: list[SampleConfig], axes):
+    """All videos of the prompts, and grids of them; returns the frames of the last video."""
+    asked = [config.but(seed=config.seed + i, num_videos_per_prompt=1) for config in configs for i in range(config.num_videos_per_prompt)]
+    cells = [grid.cells(config, axes) if axes else [config] for config in asked]
+    videos = sample(pipeline, list(itertools.chain(*cells)))
+    for config, own in zip(asked, cells, strict=True):
+        made = list(itertools.islice(videos, len(own)))
+        if axes:
+            labels = [grid.label(cell, axes) for cell in own]
+            record = outputs.record_of(config.but(grid=[str(axis) for axis in axes]), pipeline)
+            for path in outputs.save_grid(made, labels, grid.columns_of(axes), grid.name_of(config, axes), config, record):
+                print(path, flush=True)
+    return made[-1]
 
 
-def sample(pipeline, config: SampleConfig):
-    """One video of one prompt, saved; returns its frames (f, h, w, 3)."""
-    (video,) = pipeline(config.prompt, negative_prompt=config.negative_prompt, **config.sampling())
-    for path in outputs.save_video(video, config, outputs.record_of(config, pipeline)):
-        print(path, flush=True)
-    return video
+def sample(pipeline, configs: list[SampleConfig]) -> Iterator[Any]:
+    """The frames (f, h, w, 3) of each video, which is saved; as many at a time as there are devices."""
+    import jax
+
+    from anidiff_jax.progress import Steps
+    from anidiff_jax.training.report import console
+
+    count = len(configs)
+    for group in together(configs, jax.local_device_count()):
+        settings = group[0].sampling()
+        each = {"negative_prompt": [one.negative_prompt for one in group], "seed": [one.seed for one in group]}
+        left = f", {count} to go" if count > len(group) else ""
+        with Steps(f"sampling {f'{len(group)} videos' if len(group) > 1 else 'a video'}{left}", console) as steps:
+            videos = pipeline([one.prompt for one in group], **settings | each, progress=steps.step)
+        if group[0].verbose:
+            console.print(steps.cost(), highlight=False, soft_wrap=True)
+        count -= len(group)
+        for config, video in zip(group, videos, strict=True):
+            for path in outputs.save_video(video, config, outputs.record_of(config, pipeline)):
+                print(path, flush=True)
+            yield video
 
 
-def sample_grid(pipeline, config: SampleConfig, axes):
-    """A video for every place in a grid, saved; then the grid. Returns the last video's frames."""
-    cells = grid.cells(config, axes)
-    videos = [sample(pipeline, cell) for cell in cells]
-    labels = [grid.label(cell, axes) for cell in cells]
-    record = outputs.record_of(config.but(grid=[str(axis) for axis in axes]), pipeline)
-    for path in outputs.save_grid(videos, labels, grid.columns_of(axes), grid.name_of(config, axes), config, record):
-        print(path, flush=True)
-    return videos[-1]
+def together(configs: list[SampleConfig], most: int) -> Iterator[list[SampleConfig]]:
+    """Videos that differ in prompt, negative prompt and seed only, at most so many; in their order."""
+    same = lambda config: {name: value for name, value in config.sampling().items() if name != "seed"}
+    for _, alike in itertools.groupby(configs, same):
+        members = list(alike)
+        yield from (members[i : i + most] for i in range(0, len(members), most))
 
 
 def load(config: SampleConfig):
     """The pipeline that the arguments describe: base, adapter, and what was trained; merged first where that is asked."""
     import jax
 
-    from anidiff_jax.pipeline import AnimateDiffPipeline, check_size, most_frames
+    from anidiff_jax.pipeline import AnimateDiffPipeline
+    from anidiff_jax.sampling import check_size, most_frames
     from anidiff_jax.training.checkpoint import kind_of
     from anidiff_jax.weights.merge import write_merged_adapter
 
@@ -109,7 +132,7 @@ def load(config: SampleConfig):
         **config.noise_arguments(),
     )
     check_size(pipeline.model, config.sample_n_frames, config.height, config.width, windows=True)
-    config.context().window(config.sample_n_frames, pipeline.defaults["sample_n_frames"], most_frames(pipeline.model))
+    config.context.window(config.sample_n_frames, pipeline.defaults["sample_n_frames"], most_frames(pipeline.model))
     if config.merge_lora:
         adapter, revision = config.motion_adapter_id_or_path, config.motion_adapter_revision
         if config.from_json is None:  # else the folder was written then

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from anidiff_jax.errors import UserError, read_text
+from anidiff_jax.options import Options, arg
+from anidiff_jax.prompts import check_travel, joined_lines
 
 # What an argument that is not given becomes when no model is given either, and the embedded one is taken.
 EMBEDDED_DEFAULTS: dict[str, Any] = {
@@ -66,22 +68,16 @@ SECTIONS = {
     "gradient_checkpointing": "memory and devices",
     "output_dir": "validation and checkpoints",
     "use_tensorboard": "logs and hubs",
+    "clip_skip": "prompts",
+    "init_video": "from a video or a picture",
+    "guidance_rescale": "guidance",
+    "context_frames": "long videos",
+    "free_init_iterations": "FreeInit",
     "ckpt_dir": "what is sampled",
-    "dtype": "how it is sampled",
-    "fps": "what is written",
+    "num_videos_per_prompt": "what is written",
 }
-# Arguments of sample.py that the pipeline's call takes under the same names.
-OF_THE_CALL = (
-    "guidance_rescale", "guidance_start", "guidance_end", "pag_scale", "pag_adaptive_scale", "pag_layers",
-    "context_frames", "context_overlap", "context_schedule", "context_batch", "closed_loop", "free_noise",
-    "free_init_iterations", "free_init_filter", "free_init_order", "free_init_spatial_stop", "free_init_temporal_stop", "free_init_fast",
-)  # fmt: skip
 EMBEDDED_PROMPTS = Path(__file__).parent / "shapes" / "validation.txt"
 PROMPTS = Path(__file__).parent / "validation.txt"
-
-
-def arg(default, help: str, **metadata):
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True)
@@ -223,13 +219,15 @@ class _Shared:
         return "auto" if self.enable_xformers_memory_efficient_attention else "xla"
 
     def prompts(self) -> list[str]:
-        """The validation prompts, blank lines left out."""
+        """The validation prompts, blank lines left out; lines "0: …", "16: …" together are one prompt that travels."""
         path = Path(self.validation_prompts_path or (EMBEDDED_PROMPTS if self.embedded else PROMPTS)).expanduser()
         if not path.is_file():
             raise UserError(f"validation_prompts_path {path} does not exist: give a text file with a prompt a line")
-        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        prompts = joined_lines(line.strip() for line in read_text(path).splitlines() if line.strip())
         if not prompts:
             raise UserError(f"validation_prompts_path {path} holds no prompt: write one a line")
+        for prompt in prompts:
+            check_travel(prompt, self.sample_n_frames)
         return prompts
 
     def to_json(self) -> dict[str, Any]:
@@ -377,7 +375,7 @@ class TrainConfig(_Shared):
 
 
 @dataclass(frozen=True)
-class SampleConfig(_Shared):
+class SampleConfig(Options, _Shared):
     """Arguments of sample.py."""
 
     ckpt_dir: str | None = arg(None, "checkpoint of a training run (…/checkpoints/iter-N); none = the plain adapter")
@@ -389,29 +387,6 @@ class SampleConfig(_Shared):
     dtype: Literal["auto", "float32", "bfloat16"] = arg(
         "auto", "type of weights and computation; auto = bfloat16 on GPU and TPU, float32 on CPU"
     )
-    guidance_rescale: float = arg(0.0, "share by which guidance is brought back to the deviation of a video without it; 0.7, say")
-    guidance_start: float = arg(0.0, "share of the steps before which there is no guidance, at half the cost")
-    guidance_end: float = arg(1.0, "share of the steps after which there is none")
-    freeu: str | None = arg(None, "FreeU's factors s1,s2,b1,b2, as 0.9,0.2,1.2,1.4: less of the skips' lowest waves, more from below")
-    pag_scale: float = arg(0.0, "perturbed-attention guidance, for clearer shapes; 3, say; costs half more")
-    pag_adaptive_scale: float = arg(0.0, "with pag_scale: so much less of it for every timestep that is gone")
-    pag_layers: str = arg("mid_block.*attn1", "with pag_scale: regular expression, found in the names of self-attentions to perturb")
-    context_frames: int | None = arg(
-        None, "longer videos are made in windows of so many frames; none = those longer than the motion modules know, 16 (embedded: 8)"
-    )
-    context_overlap: int | None = arg(None, "frames that a window shares with the next; none = half of it")
-    context_schedule: Literal["uniform", "static"] = arg("uniform", "windows move from step to step, so that no seam stays; or stay")
-    context_batch: int = arg(1, "windows that are computed at once: more is faster on a GPU, and takes more memory")
-    closed_loop: bool = arg(False, "windows go on from the last frame to the first, so that the video is a loop without a seam")
-    free_noise: Literal["shuffle", "repeat", "none"] = arg(
-        "shuffle", "noise of the frames after the first window: that of earlier frames in another order, the same again, or their own"
-    )
-    free_init_iterations: int = arg(0, "FreeInit: sample so many times, each from the low frequencies of the last video; 3, say; 0 = once")
-    free_init_filter: Literal["butterworth", "gaussian", "ideal", "box"] = arg("butterworth", "what FreeInit keeps of the last video")
-    free_init_order: int = arg(4, "of the butterworth filter: higher is nearer to ideal")
-    free_init_spatial_stop: float = arg(0.25, "where the filter ends in space, as a share of the highest frequency")
-    free_init_temporal_stop: float = arg(0.25, "the same in time")
-    free_init_fast: bool = arg(False, "fewer steps in FreeInit's first iterations")
     num_videos_per_prompt: int = arg(1, "videos of each prompt; video i, from 0, has seed + i")
     grid: list[str] = field(
         default_factory=list,
@@ -438,9 +413,11 @@ class SampleConfig(_Shared):
     mp4_crf: int = arg(17, "quality of mp4, H.264's constant rate factor, 0 to 51: lower is better, and 6 less makes files twice as large")
     webp_quality: int = arg(90, "quality of WebP, 0 to 100; 100 loses nothing")
     output_path: str = arg("./generated", "folder for what is made")
+    verbose: bool = arg(False, "say of each video what it cost: compiling, steps, decoding, memory")
 
     def __post_init__(self):
-        super().__post_init__()
+        _Shared.__post_init__(self)
+        Options.__post_init__(self)
         most = 50 if "gif" in self.formats or self.grid else 1000
         if not 0 < self.fps <= most:
             why = ", the fastest that viewers play a GIF: leave out gif, or lower it" if most == 50 else ""
@@ -451,36 +428,13 @@ class SampleConfig(_Shared):
         for name, highest in (("mp4_crf", 51), ("webp_quality", 100), ("gif_loop", 65535)):
             if not 0 <= getattr(self, name) <= highest:
                 raise UserError(f"{name} {getattr(self, name)} must be between 0 and {highest}")
-        self.guidance()
-        self.context()
-        self.free_init()
+        if self.prompt is not None:
+            check_travel(self.prompt, self.sample_n_frames)
         if self.merge_lora and (self.ckpt_dir is None or self.sft_type != "lora"):
             raise UserError("merge_lora needs --sft_type lora and --ckpt_dir, the checkpoint whose LoRA is to be merged")
 
     def sampling(self) -> dict[str, Any]:
-        free = {"freeu": self.freeu and numbers_in("freeu", self.freeu)}
-        return super().sampling() | {name: getattr(self, name) for name in OF_THE_CALL} | free
-
-    def guidance(self):
-        """What is said of guidance, checked."""
-        from anidiff_jax.diffusion.guidance import Guidance
-
-        said = self.sampling()
-        rescale, start, end = (said[f"guidance_{name}"] for name in ("rescale", "start", "end"))
-        return Guidance(rescale, start, end, said["pag_scale"], said["pag_adaptive_scale"], said["pag_layers"], said["freeu"])
-
-    def context(self):
-        """What is said of windows, checked."""
-        from anidiff_jax.diffusion.windows import Context
-
-        return Context(self.context_frames, self.context_overlap, self.context_schedule, self.context_batch, self.closed_loop)
-
-    def free_init(self):
-        """What is said of FreeInit, checked."""
-        from anidiff_jax.diffusion.free_init import FreeInit
-
-        said = self.sampling()
-        return FreeInit(**{f.name: said[f"free_init_{f.name}"] for f in fields(FreeInit)})
+        return super().sampling() | self.options()
 
     @property
     def formats(self) -> list[str]:
@@ -501,14 +455,6 @@ def path_and_scale(given: str) -> tuple[str, float]:
         return (path, float(scale)) if colon else (given, 1.0)
     except ValueError:  # the colon belongs to the path
         return given, 1.0
-
-
-def numbers_in(name: str, text: str) -> tuple[float, ...]:
-    """ "0.9,0.2" → (0.9, 0.2)"""
-    try:
-        return tuple(float(word) for word in text.split(","))
-    except ValueError:
-        raise UserError(f"{name} {text} is not numbers with commas between them") from None
 
 
 def _at_least(config, name: str, least: int) -> None:

@@ -11,7 +11,7 @@ from anidiff_jax.config import SampleConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.video import slug
 
-TEXTS = ("prompt", "negative_prompt")  # their values stand between bars, since texts hold commas
+TEXTS = ("prompt", "negative_prompt", "prompt_head", "prompt_tail")  # their values stand between bars, since texts hold commas
 SHAPES = ("sample_size", "sample_n_frames")  # which all videos of a grid have in common
 IN_A_ROW = 6  # videos of one list, at most; more make a square
 

@@ -34,7 +34,7 @@ SUFFIXES = {"gif": ".gif", "mp4": ".mp4", "webp": ".webp", "png": "-frames", "sh
 RENAMED = {"num_frames": "sample_n_frames", "stride": "sample_stride"}  # what a record calls them → the arguments
 # Arguments of a run of sample.py that are not part of what a video is.
 OF_THE_RUN = {"validation_prompts_path", "eval_human", "num_videos_per_prompt", "output_path", "from_json", "replace_if_exists",
-              "ignore_args_error"}  # fmt: skip
+              "ignore_args_error", "verbose"}  # fmt: skip
 FROM_THE_BASE = ("model_id_or_path", "model_revision", "hub")
 # Weights of which a record holds the hash → what they are, and the arguments that say where they come from.
 WEIGHTS = {

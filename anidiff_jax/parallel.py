@@ -87,6 +87,11 @@ def to_devices(batch: Mapping[str, np.ndarray]) -> Any:
     return jax.device_put(dict(batch), _over_devices(AXIS))
 
 
+def put_on_devices(tree: Any) -> Any:
+    """Arrays whose leading axis is the local devices', each part on its device."""
+    return jax.device_put(tree, _over_devices(AXIS))
+
+
 def _over_devices(*axes: str) -> NamedSharding:
     return NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(*axes))
 

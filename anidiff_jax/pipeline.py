@@ -1,11 +1,9 @@
-"""Text → video: text states once, one compiled denoising loop, frames decoded in chunks."""
+"""Text → video: text states once, one compiled denoising step, frames decoded in chunks."""
 
+import itertools
 import logging
-import sys
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from anidiff_jax.config import EMBEDDED_DEFAULTS, PRESETS
-from anidiff_jax.denoising import Program, denoise, numbers_of
 from anidiff_jax.diffusion import solvers
-from anidiff_jax.diffusion.free_init import FreeInit, renoised
-from anidiff_jax.diffusion.guidance import PAG_LAYERS, Guidance
 from anidiff_jax.diffusion.schedule import NoiseSchedule
-from anidiff_jax.diffusion.windows import FREE_NOISE, Context, noise_order
 from anidiff_jax.errors import UserError
 from anidiff_jax.lora import joined, merge_lora
-from anidiff_jax.models.clip import CLIPTextModel
 from anidiff_jax.models.layers import Settings
-from anidiff_jax.models.vae import AutoencoderKL
-from anidiff_jax.random import purpose
+from anidiff_jax.options import Options
+from anidiff_jax.parallel import replicate
+from anidiff_jax.prompts import Prompt
+from anidiff_jax.sampling import alike, plan_of, sample, tables_of
+from anidiff_jax.text import TOKENIZER_LOCK, text_states
 from anidiff_jax.weights.base import EMBEDDED, Model, load_model, tell_norms
 from anidiff_jax.weights.hub import resolve
 from anidiff_jax.weights.kinds import recorded_norms
@@ -35,33 +31,9 @@ from anidiff_jax.weights.tree import Tree, flatten, is_motion
 
 log = logging.getLogger(__name__)
 
-TOKENIZER_LOCK = threading.Lock()  # fast tokenizers do not like two threads; the loader has several
-
 NORMS = ("joint", "per_frame")
 PARTS = ("unet", "text_encoder")  # that LoRAs adapt
 DEFAULTS = {"sample_size": 256, "sample_n_frames": 16, "num_inference_steps": 25, "guidance_scale": 8.0, "scheduler": "ddim"}
-PIXELS_AT_ONCE = 512 * 512  # the VAE works on as many frames at a time as have this many pixels together
-
-
-@partial(jax.jit, static_argnums=0)
-def encode_text(network: CLIPTextModel, params: Tree, ids, lora: Tree | None = None):
-    """ids (b, tokens) → text states (b, tokens, d)."""
-    return network.apply({"params": params, "lora": lora or {}}, ids)
-
-
-@partial(jax.jit, static_argnums=0)
-def decode(vae: AutoencoderKL, params: Tree, latents):
-    """latents (f, h, w, c) → frames (f, H, W, 3) in [0, 1]."""
-    z = latents / vae.config.scaling_factor + vae.config.shift_factor
-    frame = lambda z: vae.apply({"params": params}, z[None], method="decode")[0]
-    side = vae.config.factor
-    frames = jax.lax.map(frame, z, batch_size=max(1, PIXELS_AT_ONCE // (z.shape[1] * z.shape[2] * side**2)))
-    return jnp.clip(frames / 2 + 0.5, 0, 1)
-
-
-def initial_noise(seed: int, shape: tuple[int, ...]):
-    """Standard normal latents (f, h, w, c) that depend on the seed and the shape only."""
-    return jax.random.normal(purpose(seed, "video"), shape)
 
 
 class AnimateDiffPipeline:
@@ -75,6 +47,7 @@ class AnimateDiffPipeline:
         self.schedule = schedule
         self.loras = list(loras)
         self._told_of_cut = False
+        self._replicated: Any = None
         self.defaults = {**DEFAULTS, **(defaults or {})}
 
     @classmethod
@@ -203,7 +176,7 @@ class AnimateDiffPipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompt | Sequence[Prompt],
         negative_prompt: str | Sequence[str] = "",
         *,
         num_frames: int | None = None,
@@ -211,131 +184,73 @@ class AnimateDiffPipeline:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        seed: int = 42,
+        seed: int | Sequence[int] = 42,
         latents: np.ndarray | None = None,
         scheduler: str | None = None,
         eta: float = 0.0,
-        guidance_rescale: float = 0.0,
-        guidance_start: float = 0.0,
-        guidance_end: float = 1.0,
-        freeu: Sequence[float] | None = None,
-        pag_scale: float = 0.0,
-        pag_adaptive_scale: float = 0.0,
-        pag_layers: str = PAG_LAYERS,
-        context_frames: int | None = None,
-        context_overlap: int | None = None,
-        context_schedule: str = "uniform",
-        context_batch: int = 1,
-        closed_loop: bool = False,
-        free_noise: str = "shuffle",
-        free_init_iterations: int = 0,
-        free_init_filter: str = "butterworth",
-        free_init_order: int = 4,
-        free_init_spatial_stop: float = 0.25,
-        free_init_temporal_stop: float = 0.25,
-        free_init_fast: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Any,
     ) -> np.ndarray:
         """Samples a video for each prompt → float32 (prompts, frames, height, width, 3) in [0, 1].
 
+        prompt: text, in which (word:1.3) weighs a word and (word) and [word] weigh it up and down, of any length; or texts that follow
+        each other, by frame: {0: "a calm sea", 8: "a storm"}. Several prompts are spread over the local devices.
+        negative_prompt: for all prompts, or one for each.
         num_frames: 16 (the embedded model 8) where it is not given; num_inference_steps: 25, or the preset's.
         height, width: pixels, multiples of the VAE's factor (8 for Stable Diffusion); guidance_scale ≤ 1 skips guidance and
-        half of the cost. A video depends on its prompt and the seed only, not on its neighbours in the list.
+        half of the cost. seed: for all prompts, or one for each. A video depends on its prompt and its seed only, not on its neighbours.
         latents: the noise to start from, of deviation 1, (prompts, channels, frames, h, w) as diffusers has it, instead of the seed's.
         scheduler: ddim | euler | euler_a | dpmpp_2m | dpmpp_2m_karras | dpmpp_sde | pndm | lms | heun | unipc | lcm | ddpm; not given,
         ddim or the preset's. eta: with ddim, noise added at each step, between none (0) and ddpm's (1).
-        negative_prompt: for all prompts, or one for each.
-        guidance_rescale: share by which guidance is brought back to the prediction's own deviation; 0.7 against overexposure.
-        guidance_start, guidance_end: shares of the steps between which there is guidance; outside it costs nothing.
-        freeu: s1, s2, b1, b2 of FreeU. pag_scale: perturbed-attention guidance, 0 for none; less by pag_adaptive_scale for each timestep
-        that is gone; pag_layers: regular expression on the names of the self-attentions that are perturbed.
-        context_frames: a longer video is made in windows of so many frames; not given, one longer than the motion modules know, in windows
-        of 16 (the embedded model 8). context_overlap, context_schedule, context_batch, closed_loop: see `windows.Context`.
-        free_noise: shuffle | repeat | none, the noise of frames after the first window: of earlier ones, or their own.
-        free_init_iterations: samplings, each from noise with the low frequencies of the one before; how, says `free_init.FreeInit`.
+        progress(steps done, steps in all) is called after every step; what it raises ends the sampling.
+        options: the fields of `options.Options`, which says what they mean: guidance, long videos, FreeInit, starting from a video.
         Raises UserError for a size, a number of frames or steps that the model cannot do.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        if len(negatives) != len(prompts):
-            raise UserError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give one for all, or one for each")
         networks, params = self.model.networks, self.model.params
+        prompts = [prompt] if isinstance(prompt, str | Mapping) else list(prompt)
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        for name, given in (("negative prompts", negatives), ("seeds", seeds)):
+            if len(given) != len(prompts):
+                raise UserError(f"{len(given)} {name} for {len(prompts)} prompts: give one for all, or one for each")
         num_frames = self.defaults["sample_n_frames"] if num_frames is None else num_frames
         height, width = height or int(self.defaults["sample_size"]), width or int(self.defaults["sample_size"])
         guidance_scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         steps = self.defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
-        check_size(self.model, num_frames, height, width, windows=True)
-        context = Context(context_frames, context_overlap, context_schedule, context_batch, closed_loop)
-        window = context.window(num_frames, self.defaults["sample_n_frames"], most_frames(self.model))
-        if free_noise not in FREE_NOISE:
-            raise UserError(f"free_noise={free_noise!r} is not one of {', '.join(FREE_NOISE)}")
-        side, channels = networks.vae.config.factor, networks.vae.config.latent_channels
-        shape = (num_frames, height // side, width // side, channels)
+        asked, scheduler = Options(**options), scheduler or self.defaults["scheduler"]
+        tables = tables_of(self.schedule, asked, scheduler, steps, eta)
+        plan = plan_of(self.model, asked, (num_frames, height, width), tables, guidance_scale, self.defaults["sample_n_frames"])
         if latents is not None:
-            expected = (len(prompts), channels, *shape[:3])
+            expected = (len(prompts), plan.shape[3], *plan.shape[:3])
             if latents.shape != expected:
                 raise UserError(f"latents have shape {latents.shape}, expected {expected}: (prompts, channels, frames, h, w)")
             latents = np.asarray(latents, np.float32).transpose(0, 2, 3, 4, 1)  # b c f h w -> b f h w c
-        free_init = FreeInit(
-            free_init_iterations, free_init_filter, free_init_order, free_init_spatial_stop, free_init_temporal_stop, free_init_fast
-        )
-        name = scheduler or self.defaults["scheduler"]
-        tables = [solvers.table(self.schedule, name, free_init.steps(i, steps), eta) for i in range(max(1, free_init.iterations))]
-        guidance = Guidance(guidance_rescale, guidance_start, guidance_end, pag_scale, pag_adaptive_scale, pag_layers, freeu)
-        perturbed = guidance.perturbed(self.model.layers()["unet"])
-        led = guidance_scale > 1 or perturbed != ""
-        program = Program(
-            networks.unet,
-            rescale=led and guidance.rescale > 0,
-            interval=led and not guidance.always,
-            freeu=freeu is not None,
-            perturbed=perturbed,
-            window=window,
-            at_once=context_batch if window else 1,
-        )
-        starts = lambda rows: context.starts(num_frames, window, rows) if window else None
-        numbers = [numbers_of(guidance_scale, guidance, rows, starts(rows)) for rows in (len(table.rows.timestep) for table in tables)]
-        lora, text_lora = self.joined_lora("unet"), self.joined_lora("text_encoder")
 
-        if window and free_noise != "none":
-            key_of = partial(jax.random.fold_in, purpose(seed, "free_noise"))
-            permuted = lambda frame, count: np.asarray(jax.random.permutation(key_of(frame), count))
-            order = noise_order(free_noise, num_frames, window, context.stride(window), permuted)
-            drawn = initial_noise(seed, (window, *shape[1:]))[order]
-        else:
-            drawn = initial_noise(seed, shape)
-        videos = []
-        for i, (text, negative_prompt) in enumerate(zip(prompts, negatives, strict=True)):
-            ids = self.tokenize([negative_prompt, text] if guidance_scale > 1 else [text])
-            states = encode_text(networks.text_encoder, params["text_encoder"], ids, text_lora)
-            first = last = drawn if latents is None else jnp.array(latents[i])
-            for again, (table, how) in enumerate(zip(tables, numbers, strict=True)):
-                fresh_key, solver_key = (jax.random.fold_in(purpose(seed, name), again) for name in ("free_init", "solver"))
-                noise = renoised(self.schedule, free_init, last, first, jax.random.normal(fresh_key, shape)) if again else first
-                key = (solver_key if again else purpose(seed, "solver")) if table.draws else None
-                last = denoise(program, params["unet"], lora, noise[None] * jnp.float32(table.start), states, table.rows, how, key)[0]
-            videos.append(decode(networks.vae, params["vae"], last))
-        return np.stack([np.asarray(video) for video in videos])
+        encoder, tokenizer = networks.text_encoder, self.model.tokenizer
+        led = negatives if guidance_scale > 1 else None
+        texts = text_states(encoder, params["text_encoder"], self.joined_lora("text_encoder"), tokenizer, prompts, led, num_frames, asked)
+        groups = alike([text.shape for text in texts], jax.local_device_count())
+        steps_done, steps_in_all = itertools.count(1), len(groups) * sum(len(table.rows.timestep) for table in plan.tables)
+        done = lambda: progress(next(steps_done), steps_in_all) if progress else None
+        videos: dict[int, np.ndarray] = {}
+        for group in groups:
+            starts = jnp.stack([plan.noise(seeds[i]) if latents is None else jnp.asarray(latents[i]) for i in group])
+            weights, lora = self._on_devices() if len(group) > 1 else (params, self.joined_lora("unet"))
+            text, own = np.stack([texts[i] for i in group]), [seeds[i] for i in group]
+            made = sample(plan, networks.vae, self.schedule, weights, lora, text, starts, own, done)
+            videos |= dict(zip(group, np.asarray(made), strict=True))  # a group may make a video twice, so that no device is idle
+        return np.stack([videos[i] for i in range(len(prompts))])
+
+    def _on_devices(self) -> tuple[dict[str, Tree], Tree]:
+        """(weights, LoRAs) on every local device; made once, and again where they are others."""
+        now = (self.model.params, [(id(lora), scale) for lora, scale in self.loras])
+        if self._replicated is None or self._replicated[0][0] is not now[0] or self._replicated[0][1] != now[1]:
+            self._replicated = None  # first let go of the old ones
+            own = {name: self.model.params[name] for name in ("unet", "vae")}
+            self._replicated = (now, replicate((own, self.joined_lora("unet"))))
+        return self._replicated[1]
 
     def with_weights(self, params: dict[str, Tree], lora: Tree | None, lora_scale: float) -> "AnimateDiffPipeline":
         """The same pipeline with other weights; nothing is compiled anew."""
         loras = [(Lora(unet=lora), lora_scale)] if lora else []
         return AnimateDiffPipeline(replace(self.model, params=params, hashes={}), self.schedule, loras, self.defaults)
-
-
-def check_size(model: Model, num_frames: int, height: int, width: int, windows: bool = False) -> None:
-    """A UserError where the model cannot make a clip of this size; windows: where a longer one is made in windows."""
-    side = model.networks.vae.config.factor
-    for name, value in (("height", height), ("width", width)):
-        if value < side or value % side:
-            raise UserError(f"{name} {value} is not a positive multiple of {side} pixels: take {max(side, round(value / side) * side)}")
-    if num_frames < 1:
-        raise UserError(f"num_frames {num_frames} must be at least 1")
-    most = most_frames(model)
-    if num_frames > most and not windows:
-        raise UserError(f"{num_frames} frames are more than the motion modules know ({most}, their motion_max_seq_length): take fewer")
-
-
-def most_frames(model: Model) -> int:
-    """The longest clip that the networks see at once."""
-    config = model.networks.unet.config
-    return config.max_frames if config.has_motion else sys.maxsize

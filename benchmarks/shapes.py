@@ -125,9 +125,9 @@ def validate(base: Path, adapter: Path, clips: int = 24) -> list[float]:
     import numpy as np
 
     from anidiff_jax import AnimateDiffPipeline
-    from anidiff_jax.pipeline import encode_text
     from anidiff_jax.shapes.clips import scenes
     from anidiff_jax.shapes.render import render
+    from anidiff_jax.text import encode_text
     from anidiff_jax.training.step import Task, encode_clips
     from anidiff_jax.training.validation import bucket_losses
 

@@ -99,8 +99,17 @@ SAMPLING = {
         "prompt negative_prompt sample_size sample_n_frames sample_stride num_inference_steps guidance_scale seed fps output_path "
         "scheduler eta guidance_rescale guidance_start guidance_end freeu pag_scale pag_adaptive_scale pag_layers "
         "context_frames context_overlap context_schedule context_batch closed_loop free_noise "
-        "free_init_iterations free_init_filter free_init_order free_init_spatial_stop free_init_temporal_stop free_init_fast"
+        "free_init_iterations free_init_filter free_init_order free_init_spatial_stop free_init_temporal_stop free_init_fast "
+        "clip_skip prompt_head prompt_tail prompt_interpolation init_video init_image mask_video init_stride strength"
     ),
+    "test_text.py::test_layers_are_skipped_for_the_prompt": "clip_skip",
+    "test_text.py::test_head_and_tail_stand_around_each_text": "prompt_head prompt_tail",
+    "test_text.py::test_along_the_arc": "prompt_interpolation",
+    "test_inits.py::test_a_video_is_painted_over_as_in_diffusers": "init_video strength",
+    "test_inits.py::test_a_picture_is_a_video_that_stands_still": "init_image",
+    "test_inits.py::test_where_the_mask_is_black_the_video_stays": "mask_video",
+    "test_inits.py::test_what_is_read": "init_stride",
+    "test_sample.py::test_what_it_cost_is_said": "verbose",
     "diffusion/test_free_init.py::test_renoising_equals_diffusers": (
         "free_init_filter free_init_order free_init_spatial_stop free_init_temporal_stop"
     ),
@@ -154,6 +163,7 @@ def another_value(f):
         "context_overlap": 1,
         "freeu": "0.9,0.2,1.2,1.4",
         "eta": 0.0,  # another scheduler than ddim excludes it
+        "free_init_iterations": 1,  # init_video excludes more of them, and init_image
         "output_format": ["webp", "gif"], "grid": ["seed=1,2", "guidance_scale=3"],
     }  # fmt: skip
     kinds = {"int": 3, "float": 0.25, "bool": not f.default, "str": "a text"}
@@ -172,7 +182,7 @@ def another_value(f):
 @pytest.mark.parametrize("kind", [TrainConfig, SampleConfig])
 def test_command_lines_and_files_say_the_same(kind, tmp_path):
     values = {
-        f.name: another_value(f) for f in fields(kind) if f.init and f.name not in ("resume_from_checkpoint", "from_json")
+        f.name: another_value(f) for f in fields(kind) if f.init and f.name not in ("resume_from_checkpoint", "from_json", "init_image")
     }  # they would be read
     if kind is SampleConfig:
         values["sft_type"] = "lora"  # as merging wants it

@@ -15,7 +15,7 @@ from diffusers.pipelines.free_noise_utils import AnimateDiffFreeNoiseMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 import anidiff_jax
-from anidiff_jax.denoising import Program, denoise, numbers_of
+from anidiff_jax.denoising import Program, Turn, denoise, numbers_of, step_of
 from anidiff_jax.diffusion import solvers
 from anidiff_jax.diffusion.guidance import Guidance, rescaled
 from anidiff_jax.diffusion.schedule import NoiseSchedule
@@ -49,8 +49,9 @@ def toy(x, timestep, text, perturbed=False):
     return np.sin(x + place[:, None, None, None]) + 0.1 * x.mean(0)
 
 
-def loop(x, predict, rows):
+def loop(x, predict, table):
     """Euler's and ddim's rows written out: a step is a sum of latents and prediction."""
+    rows = table.rows
     for i in range(len(rows.timestep)):
         prediction = predict(i, x * rows.scale[i], rows.timestep[i])
         x = rows.matrix[i, 0, 0] * x + rows.matrix[i, 0, 1] * prediction
@@ -58,8 +59,8 @@ def loop(x, predict, rows):
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return solvers.table(NoiseSchedule(), "ddim", STEPS).rows
+def table():
+    return solvers.table(NoiseSchedule(), "ddim", STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +71,14 @@ def noise():
 TEXT = np.array([0.3, 1.1], np.float32)[:, None, None] * np.ones((2, 3, 4), np.float32)
 
 
-def run(program, x, text, rows, scale=3.0, guidance=None, **more):
-    numbers = numbers_of(scale, guidance or Guidance(), len(rows.timestep), **more)
-    return np.asarray(denoise(program, {}, {}, jnp.array(x[None]), jnp.array(text), rows, numbers)[0])
+def run(program, x, text, table, scale=3.0, guidance=None, **more):
+    guidance = guidance or Guidance()
+    guided = guidance.rows(len(table.rows.timestep))
+    latents, text = jnp.array(x[None]), jnp.array(text[None])
+    return np.asarray(denoise(program, {}, {}, latents, text, table, numbers_of(scale, guidance), guided, **more)[0])
 
 
-def test_guidance_within_its_interval_only(rows, noise):
+def test_guidance_within_its_interval_only(table, noise):
     def expected(guidance, scale):
         def predict(i, x, t):
             empty, prompt = (toy(x, t, text) for text in TEXT)
@@ -85,10 +88,9 @@ def test_guidance_within_its_interval_only(rows, noise):
             led = led + max(guidance.pag_scale - guidance.pag_adaptive_scale * (1000 - t), 0) * (prompt - toy(x, t, TEXT[1], True))
             return led * (guidance.rescale * prompt.std() / led.std() + 1 - guidance.rescale)
 
-        return loop(noise, predict, rows)
+        return loop(noise, predict, table)
 
-    program = Program(Toy(), rescale=True, interval=True, perturbed="any")
-    compiled = denoise._cache_size()
+    program = Program(Toy(), rescale=True, perturbed="any")
     for guidance in (
         Guidance(),
         Guidance(rescale=0.7, start=0.25, end=0.75),
@@ -96,35 +98,43 @@ def test_guidance_within_its_interval_only(rows, noise):
         Guidance(rescale=0.2, start=0.5, end=0.5, pag_scale=1.0),
     ):
         for scale in (3.0, 1.5):
-            reference.close(run(program, noise, TEXT, rows, scale, guidance), expected(guidance, scale), 1e-5)
-    assert denoise._cache_size() == compiled + 1
-    reference.close(run(Program(Toy()), noise, TEXT, rows), expected(Guidance(), 3.0), 1e-5)
+            reference.close(run(program, noise, TEXT, table, scale, guidance), expected(guidance, scale), 1e-5)
+    assert step_of(program, 1)._cache_size() == 1
+    reference.close(run(Program(Toy()), noise, TEXT, table), expected(Guidance(), 3.0), 1e-5)
 
 
-def test_outside_the_interval_one_branch_is_computed(rows, noise):
-    """The branch without guidance holds the network for one text only."""
-    numbers = numbers_of(3.0, Guidance(start=0.5), STEPS)
-    traced = jax.make_jaxpr(lambda *given: denoise(Program(Toy(), interval=True), {}, {}, *given))(noise[None], TEXT, rows, numbers)
-
-    def eqns(jaxpr):
-        for eqn in jaxpr.eqns:
-            yield eqn
-            for value in eqn.params.values():
-                for inner in value if isinstance(value, tuple | list) else (value,):
-                    if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
-                        yield from eqns(getattr(inner, "jaxpr", inner))
-
-    (cond,) = (eqn for eqn in eqns(traced.jaxpr) if eqn.primitive.name == "cond")
-    sizes = [
-        [eqn.outvars[0].aval.shape[0] for eqn in eqns(branch.jaxpr) if eqn.primitive.name == "sin"] for branch in cond.params["branches"]
-    ]
-    assert sizes == [[1], [2]]
+def test_nothing_is_compiled_for_another_number_of_steps(noise):
+    program = Program(Toy(), at_once=7)  # a program of its own
+    for steps in (2, 5):
+        run(program, noise, TEXT, solvers.table(NoiseSchedule(), "ddim", steps))
+    assert step_of(program, 1)._cache_size() == 1
 
 
-def test_text_may_differ_from_frame_to_frame(rows, noise):
+def test_outside_the_interval_the_network_is_asked_once(table, noise, monkeypatch):
+    asked = []
+    monkeypatch.setattr("anidiff_jax.denoising.step_of", lambda program, videos: lambda *how: asked.append(how[5].shape[1]) or (how[4], 0))
+    run(Program(Toy()), noise, TEXT, table, guidance=Guidance(start=0.5))
+    assert asked == [1, 1, 2, 2]
+
+
+def test_each_step_is_told_and_can_be_the_last(table, noise):
+    told = []
+    run(Program(Toy()), noise, TEXT, table, done=lambda: told.append(1))
+    assert len(told) == STEPS
+
+    def stop():
+        told.append(1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Program(Toy()), noise, TEXT, table, done=stop)
+    assert len(told) == STEPS + 1
+
+
+def test_text_may_differ_from_frame_to_frame(table, noise):
     text = TEXT[:, None] * np.linspace(0.5, 2, 6, dtype=np.float32)[:, None, None]
     predict = lambda i, x, t: toy(x, t, text[0]) + 3 * (toy(x, t, text[1]) - toy(x, t, text[0]))
-    reference.close(run(Program(Toy()), noise, text, rows), loop(noise, predict, rows), 1e-5)
+    reference.close(run(Program(Toy()), noise, text, table), loop(noise, predict, table), 1e-5)
 
 
 def averaged(predict, x, text, starts, length):
@@ -144,7 +154,7 @@ def averaged(predict, x, text, starts, length):
 @pytest.mark.parametrize("batch", [1, 2, 100])
 @pytest.mark.parametrize("context", [Context(4, 2, "static"), Context(4, 1), Context(4, 1, closed_loop=True)])
 @pytest.mark.parametrize("each_frame", [False, True])
-def test_windows_are_averaged(rows, context, batch, each_frame):
+def test_windows_are_averaged(table, context, batch, each_frame):
     x = np.random.default_rng(1).standard_normal((11, 2, 3, 2), np.float32)
     text = TEXT[:, None] * np.linspace(0.5, 2, 11, dtype=np.float32)[:, None, None] if each_frame else TEXT
     starts = context.starts(11, 4, STEPS)
@@ -153,8 +163,8 @@ def test_windows_are_averaged(rows, context, batch, each_frame):
         empty, prompt = (averaged(lambda x, text: toy(x, t, text), x, text[k], starts[i], 4) for k in (0, 1))
         return empty + 3 * (prompt - empty)
 
-    ours = run(Program(Toy(), window=4, at_once=batch), x, text, rows, starts=starts)
-    reference.close(ours, loop(x, predict, rows), 1e-5)
+    ours = run(Program(Toy(), window=4, at_once=batch), x, text, table, starts=starts)
+    reference.close(ours, loop(x, predict, table), 1e-5)
 
 
 def test_where_windows_begin():
@@ -206,15 +216,16 @@ def test_repeated_noise_repeats():
 
 
 def test_memory_grows_with_the_latents_only(pipe):
-    rows = solvers.table(NoiseSchedule(), "ddim", 25).rows
-    params = pipe.model.params["unet"]
+    table = solvers.table(NoiseSchedule(), "ddim", 25)
+    params, program = pipe.model.params["unet"], Program(pipe.model.networks.unet, window=16)
 
     def memory(frames):
-        latents = jnp.zeros((1, frames, 8, 8, 4))
-        numbers = numbers_of(7.5, Guidance(), 25, Context(16, 8).starts(frames, 16, 25))
-        program = Program(pipe.model.networks.unet, window=16)
-        compiled = denoise.lower(program, params, {}, latents, jnp.zeros((2, 77, 24)), rows, numbers).compile()
-        return compiled.memory_analysis().temp_size_in_bytes, latents.nbytes
+        state = jnp.zeros((1, 1, frames, 8, 8, 4))
+        starts = Context(16, 8).starts(frames, 16, 25)
+        turn = Turn(np.int32(0), jax.tree.map(lambda x: x[0], table.rows), starts[0], np.zeros(2, np.float32))
+        text = jnp.zeros((1, 2, 77, 24))
+        compiled = step_of(program, 1).lower(params, {}, numbers_of(7.5, Guidance()), turn, state, text, None, None).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, state.nbytes
 
     (short, few), (long, many) = memory(64), memory(512)
     assert long - many <= 1.5 * (short - few)

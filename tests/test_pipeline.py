@@ -101,18 +101,18 @@ def test_fresh_noise_depends_on_the_seed_only(pipe):
 
 def test_recipes(base, adapter, latents, monkeypatch):
     calls = []
-    monkeypatch.setattr("anidiff_jax.pipeline.solvers.table", lambda *how: calls.append(how) or solvers_table(NoiseSchedule(), "ddim", 1))
-    monkeypatch.setattr("anidiff_jax.pipeline.denoise", lambda *how: how[3])
+    monkeypatch.setattr("anidiff_jax.sampling.solvers.table", lambda *how: calls.append(how) or solvers_table(NoiseSchedule(), "ddim", 1))
+    monkeypatch.setattr("anidiff_jax.sampling.denoise", lambda *how: how[3])
     load = lambda **how: anidiff_jax.AnimateDiffPipeline.from_pretrained(base, motion_adapter=adapter, **how)
     sizes = {"num_frames": 6, "height": 32, "width": 40, "latents": latents}
     pipe = load(preset="lightning")
     pipe(PROMPT, **sizes)
-    assert calls.pop() == (NoiseSchedule(timestep_spacing="trailing"), "euler", 4, 0.0)
+    assert calls.pop() == (NoiseSchedule(timestep_spacing="trailing"), "euler", 4, 0.0, 0)
     assert pipe.defaults["guidance_scale"] == 1.0
     pipe(PROMPT, **sizes, scheduler="heun", num_inference_steps=3)
-    assert calls.pop()[1:] == ("heun", 3, 0.0)
+    assert calls.pop()[1:] == ("heun", 3, 0.0, 0)
     load(preset="lcm", scheduler="unipc", beta_schedule="scaled_linear")(PROMPT, **sizes)
-    assert calls.pop() == (NoiseSchedule(beta_schedule="scaled_linear"), "unipc", 6, 0.0)
+    assert calls.pop() == (NoiseSchedule(beta_schedule="scaled_linear"), "unipc", 6, 0.0, 0)
     for how, words in (({"preset": "fast"}, "preset='fast' is not one of official"), ({"scheduler": "magic"}, "scheduler='magic' is not")):
         with pytest.raises(UserError, match=words):
             load(**how)

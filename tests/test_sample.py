@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ from tests import reference
 from tests.conftest import words_of
 
 PLAIN = {
+    "clip_skip": 0, "prompt_head": "", "prompt_tail": "", "prompt_interpolation": "linear", "init_video": None, "init_image": None,
+    "mask_video": None, "init_stride": 1, "strength": 0.8,
     "guidance_rescale": 0.0, "guidance_start": 0.0, "guidance_end": 1.0, "freeu": None, "pag_scale": 0.0, "pag_adaptive_scale": 0.0,
     "pag_layers": "mid_block.*attn1", "context_frames": None, "context_overlap": None, "context_schedule": "uniform", "context_batch": 1,
     "closed_loop": False, "free_noise": "shuffle", "free_init_iterations": 0, "free_init_filter": "butterworth", "free_init_order": 4,
@@ -58,9 +61,11 @@ def asked(base, tmp_path, monkeypatch, capsys):
     """asked(word, …) → (what each call of the pipeline was given, the files that were printed)"""
     calls = []
 
-    def video(self, prompt, **settings):
-        calls.append({"prompt": prompt, **settings})
-        return np.random.default_rng(0).random((1, settings["num_frames"], settings["height"], settings["width"], 3), np.float32)
+    def video(self, prompt, progress, seed, negative_prompt, **settings):
+        for one in zip(prompt, seed, negative_prompt, strict=True):
+            calls.append(dict(zip(("prompt", "seed", "negative_prompt"), one, strict=True)) | settings)
+        shape = (len(prompt), settings["num_frames"], settings["height"], settings["width"], 3)
+        return np.random.default_rng(0).random(shape, np.float32)
 
     def asked(*words, typed=""):
         calls.clear()
@@ -92,16 +97,22 @@ def test_what_is_asked_for_and_what_the_file_says(asked, base, tmp_path):
         "guidance_rescale": 0.5, "guidance_start": 0.25, "guidance_end": 0.75, "pag_scale": 2.0, "pag_adaptive_scale": 0.001,
         "pag_layers": "down_blocks.*attn1", "context_frames": 3, "context_overlap": 1, "context_schedule": "static", "context_batch": 2,
         "closed_loop": True, "free_noise": "repeat", "free_init_iterations": 2, "free_init_filter": "box", "free_init_order": 3,
-        "free_init_spatial_stop": 0.5, "free_init_temporal_stop": 0.75, "free_init_fast": True,
+        "free_init_spatial_stop": 0.5, "free_init_temporal_stop": 0.75, "free_init_fast": True, "freeu": "0.9,0.2,1.2,1.4", "clip_skip": 1,
+        "prompt_head": "very good", "prompt_tail": "sharp", "prompt_interpolation": "spherical", "init_stride": 2, "strength": 0.5,
     }  # fmt: skip
-    words |= more | {"freeu": "0.9,0.2,1.2,1.4"}
+    words |= more
     (call,), (printed,) = asked(*words_of(**words))
     settings = {
         "negative_prompt": "a square", "num_frames": 4, "height": 16, "width": 24, "num_inference_steps": 3, "guidance_scale": 2.5,
         "seed": 9, "scheduler": "ddim", "eta": 0.5, **more,
     }  # fmt: skip
-    assert call == {"prompt": "a star", **settings, "freeu": (0.9, 0.2, 1.2, 1.4)}
-    assert set(PLAIN) == {*more, "freeu"}
+    given = {"init_video": None, "init_image": None, "mask_video": None}
+    assert call == {"prompt": "a star", **settings, **given}
+    assert set(PLAIN) == {*more, *given}
+    words = {"init_video": "a.mp4", "mask_video": "b.png", "sample_n_frames": 3, "model_id_or_path": base}
+    (call,), _ = asked("--prompt", "a star", *words_of(**words))
+    assert (call["init_video"], call["mask_video"]) == ("a.mp4", "b.png")
+    assert asked("--prompt", "a star", "--init_image", "c.png")[0][0]["init_image"] == "c.png"
     assert printed == str(tmp_path / "gifs" / "a-star-seed9.gif")
     image = Image.open(printed)
     assert (image.size, image.n_frames) == ((24, 16), 4)
@@ -346,6 +357,29 @@ def test_a_video_is_made_again(sampled, lora, tmp_path):
     assert (prompts.prompt, prompts.validation_prompts_path, prompts.fps) == (None, "prompts.txt", 5)
 
 
+def test_what_it_cost_is_said(sampled):
+    _, log = sampled("--prompt", "a star", "--verbose")
+    assert re.search(r"^\d+\.\d s in all: .* s compiling, first step done after .* s, 2 steps of .* s, .* s decoding", log)
+    assert float(re.search(r"peak memory of the process (\S+) GB", log)[1]) > 0.1
+
+
+def test_videos_of_all_devices(sampled, tmp_path):
+    """Four at a time here, and the last two; each is that which it is alone, and the names are in order."""
+    many, _ = sampled("--prompt", "a star", "--num_videos_per_prompt", 6, "--seed", 3, "--output_format", "png")
+    assert [path.name for path in many] == [f"a-star-seed{seed}-frames" for seed in range(3, 9)]
+    (alone,), _ = sampled("--prompt", "a star", "--seed", 8, "--output_path", tmp_path / "alone", "--output_format", "png")
+    pixels = [np.asarray(Image.open(folder / "0003.png"), int) for folder in (many[-1], alone, many[0])]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+    assert np.abs(pixels[0] - pixels[2]).max() > 10
+
+
+def test_only_what_is_alike_is_made_together():
+    config = parse(SampleConfig, ["--prompt", "a"])
+    changes = [{}, {"seed": 1}, {"prompt": "b", "negative_prompt": "c"}, {"guidance_scale": 2.0}, {"seed": 4}, {"seed": 5}]
+    groups = list(sample.together([config.but(**change) for change in changes], 2))
+    assert [len(group) for group in groups] == [2, 1, 1, 2]
+
+
 def test_a_video_of_another_scheduler_is_made_again(sampled, tmp_path):
     words = ["--prompt", "a star", "--preset", "lcm", "--prediction_type", "v_prediction", "--num_inference_steps", 3]
     (gif,), _ = sampled(*words)
@@ -455,7 +489,7 @@ def test_a_grid(asked, load, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--grid", "sed=1,2"], "there is no argument sed; give NAME=VALUE,VALUE where NAME is one of closed_loop, context_batch"),
+        (["--grid", "sed=1,2"], "there is no argument sed; give NAME=VALUE,VALUE where NAME is one of clip_skip, closed_loop"),
         (["--grid", "sample_size=16,32"], "sample_size is the same for all videos of a run"),
         (["--grid", "seed=1,x"], "grid seed=1,x: argument --seed: invalid int value: 'x'"),
         (["--grid", "num_inference_steps=0,2"], "num_inference_steps 0 must be at least 1"),

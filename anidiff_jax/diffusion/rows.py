@@ -37,9 +37,9 @@ def step(row: Row, state, prediction, noise):
 
 
 def start(rows: Row, latents):
-    """The state before the first row: latents, and an empty memory."""
+    """latents (videos, …) → the state before the first row (videos, 1 + slots, …): latents, and an empty memory."""
     slots = rows.matrix.shape[1] - 1
-    return jnp.concatenate([latents[None], jnp.zeros((slots, *latents.shape), latents.dtype)])
+    return jnp.pad(latents[:, None], [(0, 0), (0, slots), *[(0, 0)] * (latents.ndim - 1)])
 
 
 def fresh_noise(key, row, shape: tuple[int, ...]):
@@ -54,6 +54,15 @@ class Asked(NamedTuple):
     alpha: np.ndarray
     sigma: np.ndarray
     scale: np.ndarray
+
+    def noised(self, clean, noise):
+        """The latents of the first row, of given clean latents and noise."""
+        return np.float32(self.alpha[0] / self.scale[0]) * clean + np.float32(self.sigma[0] / self.scale[0]) * noise
+
+    def after(self) -> np.ndarray:
+        """(rows, 2) float32: of what the latents are made after each row: of so much of the clean ones and so much noise."""
+        parts = np.stack([self.alpha / self.scale, self.sigma / self.scale], axis=1)
+        return np.append(parts[1:], [[1, 0]], axis=0).astype(np.float32)
 
 
 class Here(NamedTuple):
@@ -89,6 +98,7 @@ class Table(NamedTuple):
     rows: Row
     start: float  # deviation of the noise to start from
     draws: bool  # whether fresh noise is used at all
+    asked: Asked
 
 
 def table(solver: Solver, prediction_type: str, clip: bool) -> Table:
@@ -103,4 +113,4 @@ def table(solver: Solver, prediction_type: str, clip: bool) -> Table:
     columns = (asked.timestep, asked.scale, matrix if clip else matrix[..., :-1], np.stack(cleans))
     timestep, scale, matrix, clean = (np.asarray(column, np.float32) for column in columns)
     draws = bool((matrix[..., solver.slots + 2] != 0).any())
-    return Table(Row(timestep, scale, matrix, clean if clip else None), solver.start, draws)
+    return Table(Row(timestep, scale, matrix, clean if clip else None), solver.start, draws, asked)

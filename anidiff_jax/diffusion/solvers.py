@@ -12,8 +12,11 @@ from anidiff_jax.diffusion.spacing import alpha_bar, between_levels, by_levels, 
 from anidiff_jax.errors import UserError
 
 
-def table(schedule: NoiseSchedule, scheduler: str = "ddim", steps: int = 25, eta: float = 0.0) -> Table:
-    """The rows of a solver; eta is the share of DDPM's noise that ddim adds. Raises UserError for what the solver cannot do."""
+def table(schedule: NoiseSchedule, scheduler: str = "ddim", steps: int = 25, eta: float = 0.0, begin: int = 0) -> Table:
+    """The rows of a solver, without its first `begin` steps; eta is the share of DDPM's noise that ddim adds.
+
+    Raises UserError for what the solver cannot do.
+    """
     check_name(scheduler)
     if not 1 <= steps <= schedule.num_train_timesteps:
         raise UserError(f"num_inference_steps={steps} must be between 1 and num_train_timesteps={schedule.num_train_timesteps}")
@@ -21,7 +24,7 @@ def table(schedule: NoiseSchedule, scheduler: str = "ddim", steps: int = 25, eta
         raise UserError(f"eta={eta} must be between 0, no noise, and 1, as much as DDPM's")
     if eta and scheduler != "ddim":
         raise UserError(f"eta={eta} is for scheduler='ddim' alone: leave it out with {scheduler!r}")
-    solver = ddim(schedule, steps, eta) if scheduler == "ddim" else SOLVERS[scheduler](schedule, steps)
+    solver = ddim(schedule, steps, begin, eta) if scheduler == "ddim" else SOLVERS[scheduler](schedule, steps, begin)
     if schedule.prediction_type == "epsilon" and (solver.asked.alpha == 0).any():
         raise UserError(
             f"nothing of the video is left at timestep {solver.asked.timestep[0]:.0f}, where scheduler={scheduler!r} cannot begin with "
@@ -43,9 +46,9 @@ def on_alphas(schedule: NoiseSchedule, t: np.ndarray) -> Asked:
     return Asked(t, np.sqrt(a), np.sqrt(1 - a), np.ones_like(t))
 
 
-def ddim(schedule: NoiseSchedule, steps: int, eta: float = 0.0) -> Solver:
+def ddim(schedule: NoiseSchedule, steps: int, begin: int = 0, eta: float = 0.0) -> Solver:
     """Song et al., 2020, arXiv:2010.02502, eq. 12 and 16. A step is as long in timesteps however they are spaced, as in diffusers."""
-    t = spaced(schedule, steps)
+    t = spaced(schedule, steps)[begin:]
     a, b = alpha_bar(schedule, t), alpha_bar(schedule, t - schedule.num_train_timesteps // steps)
     fresh = eta * np.sqrt((1 - b) / (1 - a) * (1 - a / b))
     asked = on_alphas(schedule, t)
@@ -57,9 +60,9 @@ def ddim(schedule: NoiseSchedule, steps: int, eta: float = 0.0) -> Solver:
     return Solver(asked, 0, update)
 
 
-def ddpm(schedule: NoiseSchedule, steps: int) -> Solver:
+def ddpm(schedule: NoiseSchedule, steps: int, begin: int = 0) -> Solver:
     """Ho et al., 2020, arXiv:2006.11239, eq. 7, from each timestep to the next one visited; the smaller of its two variances."""
-    t = spaced(schedule, steps)
+    t = spaced(schedule, steps)[begin:]
     a = alpha_bar(schedule, t)
     b = np.append(a[1:], 1)
     beta = 1 - a / b
@@ -71,7 +74,7 @@ def ddpm(schedule: NoiseSchedule, steps: int) -> Solver:
     return Solver(on_alphas(schedule, t), 0, update)
 
 
-def lcm(schedule: NoiseSchedule, steps: int) -> Solver:
+def lcm(schedule: NoiseSchedule, steps: int, begin: int = 0) -> Solver:
     """Latent consistency (Luo et al., 2023, arXiv:2310.04378, algorithm 2): to the clean latents and back to less noise.
 
     The steps are among the 50 that such models are distilled on, whatever the spacing and its offset.
@@ -80,13 +83,13 @@ def lcm(schedule: NoiseSchedule, steps: int) -> Solver:
     if steps > distilled:
         raise UserError(f"num_inference_steps={steps} is too many for scheduler='lcm': take 4 to 8, at most {distilled}")
     known = np.arange(distilled, 0, -1) * (n // distilled) - 1
-    t = known[np.linspace(0, distilled, steps, endpoint=False).astype(int)].astype(np.float64)
+    t = known[np.linspace(0, distilled, steps, endpoint=False).astype(int)].astype(np.float64)[begin:]
     ahead = alpha_bar(schedule, np.append(t[1:], 0))
     skip, out = 0.25 / ((10 * t) ** 2 + 0.25), 10 * t / np.sqrt((10 * t) ** 2 + 0.25)
 
     def update(i, here):
         clean = out[i] * here.clean + skip[i] * here.latents
-        return [np.sqrt(ahead[i]) * clean + np.sqrt(1 - ahead[i]) * here.noise if i < steps - 1 else clean]
+        return [np.sqrt(ahead[i]) * clean + np.sqrt(1 - ahead[i]) * here.noise if i < len(t) - 1 else clean]
 
     return Solver(on_alphas(schedule, t), 0, update)
 
@@ -94,17 +97,17 @@ def lcm(schedule: NoiseSchedule, steps: int) -> Solver:
 ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def pndm(schedule: NoiseSchedule, steps: int) -> Solver:
+def pndm(schedule: NoiseSchedule, steps: int, begin: int = 0) -> Solver:
     """Pseudo linear multistep (Liu et al., 2022, arXiv:2202.09778, eq. 9 and 12), as Stable Diffusion runs it.
 
     Not by Runge-Kutta, but by asking twice on its first step does it get going: there is one row more than steps.
     """
     if schedule.clip_sample:
         raise UserError("clip_sample is not for scheduler='pndm', which never has the clean latents: take clip_sample false")
-    t = spaced(schedule, steps)
+    t = spaced(schedule, steps)[begin:]
     t, stride = np.concatenate([t[:2], t[1:]]), schedule.num_train_timesteps // steps
-    begin = t + np.where(np.arange(len(t)) == 1, stride, 0)  # the second row does the first step again
-    a, b = alpha_bar(schedule, begin), alpha_bar(schedule, begin - stride)
+    base = t + np.where(np.arange(len(t)) == 1, stride, 0)  # the second row does the first step again
+    a, b = alpha_bar(schedule, base), alpha_bar(schedule, base - stride)
 
     def update(i, here):
         first, *past = here.memory
@@ -123,9 +126,10 @@ def pndm(schedule: NoiseSchedule, steps: int) -> Solver:
 # On the same latents, by the level s = √(1-ᾱ) / √ᾱ of their noise
 
 
-def dpmpp_2m(schedule: NoiseSchedule, steps: int, karras: bool = False, sde: bool = False) -> Solver:
+def dpmpp_2m(schedule: NoiseSchedule, steps: int, begin: int = 0, karras: bool = False, sde: bool = False) -> Solver:
     """DPM-Solver++(2M) (Lu et al., 2022, arXiv:2211.01095, algorithm 2), sde: its stochastic form. First and last step are of order 1."""
-    t, s = by_levels(schedule, steps, karras)
+    t, s = (x[begin:] for x in by_levels(schedule, steps, karras))
+    steps = len(t)
     alpha = 1 / np.sqrt(1 + s**2)
     sigma = s * alpha
     ratio = s[1:] / s[:-1]  # e⁻ʰ
@@ -144,9 +148,10 @@ def dpmpp_2m(schedule: NoiseSchedule, steps: int, karras: bool = False, sde: boo
     return Solver(Asked(t, alpha[:-1], sigma[:-1], np.ones(steps)), 1, update)
 
 
-def unipc(schedule: NoiseSchedule, steps: int) -> Solver:
+def unipc(schedule: NoiseSchedule, steps: int, begin: int = 0) -> Solver:
     """UniPC-2 with B(h) = eʰ - 1, on the clean latents (Zhao et al., 2023, arXiv:2302.04867): each step is corrected at the next."""
-    t, s = by_levels(schedule, steps)
+    t, s = (x[begin:] for x in by_levels(schedule, steps))
+    steps = len(t)
     alpha = 1 / np.sqrt(1 + s**2)
     sigma = s * alpha
     order = [min(2, i + 1, steps - i) for i in range(steps)]
@@ -184,10 +189,10 @@ def on_levels(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray, slots: int,
     return Solver(Asked(t, alpha, s * alpha, alpha), slots, update, float(start))
 
 
-def euler(schedule: NoiseSchedule, steps: int, ancestral: bool = False) -> Solver:
+def euler(schedule: NoiseSchedule, steps: int, begin: int = 0, ancestral: bool = False) -> Solver:
     """Euler's method on dx/ds = (x - clean) / s (Karras et al., 2022); ancestral: below the aim, and back to it with fresh noise."""
-    t, s = between_levels(schedule, steps)
-    down, up = s[1:], np.zeros(steps)
+    t, s = (x[begin:] for x in between_levels(schedule, steps))
+    down, up = s[1:], np.zeros(len(t))
     if ancestral:
         down, up = s[1:] ** 2 / s[:-1], s[1:] * np.sqrt(1 - (s[1:] / s[:-1]) ** 2)
 
@@ -198,9 +203,9 @@ def euler(schedule: NoiseSchedule, steps: int, ancestral: bool = False) -> Solve
     return on_levels(schedule, t, s[:-1], 0, update)
 
 
-def lms(schedule: NoiseSchedule, steps: int) -> Solver:
+def lms(schedule: NoiseSchedule, steps: int, begin: int = 0) -> Solver:
     """Linear multistep: the polynomial through the last four slopes, integrated (Adams and Bashforth, 1883, for uneven steps)."""
-    t, s = between_levels(schedule, steps)
+    t, s = (x[begin:] for x in between_levels(schedule, steps))
     nodes, weights = np.polynomial.legendre.leggauss(2)  # exact up to the third degree
 
     def share(i, k, order):
@@ -217,10 +222,10 @@ def lms(schedule: NoiseSchedule, steps: int) -> Solver:
     return on_levels(schedule, t, s[:-1], 3, update)
 
 
-def heun(schedule: NoiseSchedule, steps: int) -> Solver:
+def heun(schedule: NoiseSchedule, steps: int, begin: int = 0) -> Solver:
     """Heun's method (Karras et al., 2022, algorithm 1): Euler's step, then again with the mean slope of its ends; the last only once."""
-    t, s = between_levels(schedule, steps)
-    level = np.repeat(np.arange(steps), 2)[1:]
+    t, s = (x[begin:] for x in between_levels(schedule, steps))
+    level = np.repeat(np.arange(len(t)), 2)[1:]
 
     def update(row, here):
         i = level[row]
@@ -233,7 +238,7 @@ def heun(schedule: NoiseSchedule, steps: int) -> Solver:
     return on_levels(schedule, t[level], s[level], 2, update)
 
 
-SOLVERS: dict[str, Callable[[NoiseSchedule, int], Solver]] = {
+SOLVERS: dict[str, Callable[[NoiseSchedule, int, int], Solver]] = {
     "ddim": ddim,
     "euler": euler,
     "euler_a": partial(euler, ancestral=True),

@@ -66,13 +66,16 @@ class SpatialBlock(nn.Module):
     settings: Settings
 
     @nn.compact
-    def __call__(self, x, text):  # (b, f, h·w, c), (b, tokens, d)
+    def __call__(self, x, text):  # (b, f, h·w, c), (b, tokens, d) or (b, f, tokens, d)
         b, f, positions, c = x.shape
         s = self.settings
         y = LayerNorm(s, name="norm1")(x).reshape(b * f, positions, c)
         x = x + Attention(self.heads, s, name="attn1")(y).reshape(x.shape)
-        # The text is the same for every frame: its keys and values are made once, all frames' positions are the queries.
-        y = LayerNorm(s, name="norm2")(x).reshape(b, f * positions, c)
+        y = LayerNorm(s, name="norm2")(x)
+        if text.ndim == 4:  # each frame has its own
+            y, text = y.reshape(b * f, positions, c), text.reshape(b * f, *text.shape[2:])
+        else:  # the same for every frame: its keys and values are made once, all frames' positions are the queries
+            y = y.reshape(b, f * positions, c)
         x = x + Attention(self.heads, s, name="attn2")(y, text).reshape(x.shape)
         return x + FeedForward(s, name="ff")(LayerNorm(s, name="norm3")(x))
 
@@ -183,7 +186,8 @@ class UpBlock(Block):
 class UNet(nn.Module):
     """Predicts the noise (or velocity) in latent frames.
 
-    sample (b, f, h, w, in_channels), timesteps (b,), text (b, tokens, cross_attention_dim) → (b, f, h, w, out_channels) in float32.
+    sample (b, f, h, w, in_channels), timesteps (b,), text (b, tokens, cross_attention_dim), or (b, f, tokens,
+    cross_attention_dim) where it changes from frame to frame → (b, f, h, w, out_channels) in float32.
     free (4,): FreeU's factors, see `freeu`; None: without it.
     """
 

@@ -64,7 +64,7 @@ def test_videos_equal_diffusers(base, adapter, pipe, monkeypatch, fast):
     other.enable_free_init(num_iters=2, use_fast_sampling=fast)
     expected = other(PROMPT, latents=torch.tensor(latents), output_type="np", **sizes).frames
     monkeypatch.setattr(
-        "anidiff_jax.pipeline.renoised",
+        "anidiff_jax.sampling.renoised",
         lambda schedule, how, x, noise, _: renoised(schedule, how, x, noise, fresh.transpose(CHANNELS_LAST)[0]),
     )
     ours = pipe(PROMPT, latents=latents, free_init_iterations=2, free_init_fast=fast, **sizes)

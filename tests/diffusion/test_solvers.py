@@ -22,23 +22,25 @@ PREDICTIONS = ("epsilon", "v_prediction")
 step = jax.jit(rows.step)
 
 
-def follow(name, steps, theirs, monkeypatch, eta=0.0, **noise):
+def follow(name, steps, theirs, monkeypatch, eta=0.0, begin=0, **noise):
     """Both step by step; the largest error of each step at most 1e-5 of the largest value.
 
     diffusers computes with the same sigmas and ᾱ, in float64: at squaredcos_cap_v2's last sigma, 20000, its float32 has errors of 1e-3,
     and euler_a and heun become NaN or noise.
     """
-    table = solvers.table(NoiseSchedule(**noise), name, steps, eta)
+    table = solvers.table(NoiseSchedule(**noise), name, steps, eta, begin)
     theirs.set_timesteps(steps)
+    timesteps = theirs.timesteps[begin * theirs.order :]
     for field in ("sigmas", "alphas_cumprod", "final_alpha_cumprod"):
         if hasattr(theirs, field):
             setattr(theirs, field, getattr(theirs, field).double())
     if hasattr(theirs, "set_begin_index"):  # of two equal timesteps at its start, dpmpp_2m_karras would begin at the second, and fail
-        theirs.set_begin_index(0)
+        theirs.set_begin_index(begin * theirs.order)
     truncated = name == "dpmpp_2m_karras" and noise.get("beta_schedule") == "squaredcos_cap_v2"
     # There diffusers cuts fractions off, and its float32 makes 998.99 of 999.
-    np.testing.assert_allclose(table.rows.timestep, theirs.timesteps.numpy(), rtol=1e-7, atol=1 if truncated else 0)
-    np.testing.assert_allclose(table.start, float(theirs.init_noise_sigma), rtol=1e-6)
+    np.testing.assert_allclose(table.rows.timestep, timesteps.numpy(), rtol=1e-7, atol=1 if truncated else 0)
+    if begin == 0:
+        np.testing.assert_allclose(table.start, float(theirs.init_noise_sigma), rtol=1e-6)
 
     rng = np.random.default_rng(steps)
     draw = lambda: rng.standard_normal(SHAPE, np.float32)
@@ -46,15 +48,21 @@ def follow(name, steps, theirs, monkeypatch, eta=0.0, **noise):
     fresh = {}
     monkeypatch.setattr(sys.modules[type(theirs).__module__], "randn_tensor", lambda *_, **__: double(fresh["noise"]), raising=False)
     x = draw() * np.float32(table.start)
-    state, y = rows.start(table.rows, x), double(x)
-    for i, timestep in enumerate(theirs.timesteps):
+    y = double(x)
+    if begin:  # a given video, and noise
+        clean, x = draw(), draw()
+        y = theirs.add_noise(double(clean), double(x), timesteps[:1])
+        x = table.asked.noised(clean, x)
+        reference.close(x, y, 1e-5)
+    state = rows.start(table.rows, x[None])[0]
+    for i, timestep in enumerate(timesteps):
         row, prediction, fresh["noise"] = jax.tree.map(lambda column, i=i: column[i], table.rows), draw(), draw()
         reference.close(state[0] * row.scale, theirs.scale_model_input(y, timestep), 1e-5)
         how = {"eta": eta, "variance_noise": double(fresh["noise"])} if eta else {}
         y = theirs.step(double(prediction), timestep, y, **how).prev_sample
         state = step(row, state, prediction, fresh["noise"])
         reference.close(state[0], y, 1e-5)
-    assert table.draws == (eta > 0 or (name in STOCHASTIC and steps > 1))
+    assert table.draws == (eta > 0 or (name in STOCHASTIC and steps - begin > 1))
 
 
 @pytest.mark.parametrize("beta_schedule", BETAS)
@@ -64,6 +72,29 @@ def test_steps_equal_diffusers(name, prediction_type, beta_schedule, monkeypatch
     for timestep_spacing, steps in [*itertools.product(SPACINGS, (1, 2, 7)), ("linspace", 24)]:
         noise = {"prediction_type": prediction_type, "beta_schedule": beta_schedule, "timestep_spacing": timestep_spacing}
         follow(name, steps, reference.scheduler(name, **noise), monkeypatch, **noise)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("name", [name for name in solvers.SOLVERS if name not in ("pndm", "lms")])
+def test_from_a_later_step_on(name, prediction_type, monkeypatch):
+    for timestep_spacing, begin in itertools.product(SPACINGS, (1, 3, 6)):
+        noise = {"prediction_type": prediction_type, "timestep_spacing": timestep_spacing}
+        follow(name, 7, reference.scheduler(name, **noise), monkeypatch, begin=begin, **noise)
+
+
+def test_lms_from_a_later_step_on():
+    """diffusers takes the weights of several slopes though it has one: half of the noise stays. Ours is that of those levels alone."""
+    whole, later = (solvers.table(NoiseSchedule(), "lms", 6, begin=begin) for begin in (0, 2))
+    assert later.rows.timestep.tolist() == whole.rows.timestep[2:].tolist()
+    first = solvers.table(NoiseSchedule(), "euler", 6, begin=2).rows.matrix[0, 0]  # of latents, prediction, noise
+    np.testing.assert_allclose(later.rows.matrix[0, 0], [first[0], 0, 0, 0, *first[1:]], rtol=1e-5)
+
+
+def test_pndm_from_a_later_step_on():
+    """diffusers cuts its timesteps after the first one was doubled, and so begins a step too early and leaves its first step half done."""
+    whole, later = (solvers.table(NoiseSchedule(), "pndm", 6, begin=begin) for begin in (0, 2))
+    assert later.rows.timestep.tolist() == [*whole.rows.timestep[3:5], *whole.rows.timestep[4:]]
+    assert len(solvers.table(NoiseSchedule(), "pndm", 6, begin=5).rows.timestep) == 1
 
 
 @pytest.mark.parametrize("beta_schedule", BETAS)
@@ -120,11 +151,11 @@ def test_clipping_where_diffusers_has_no_such_option(name, prediction_type, monk
     for clip in (True, False):
         table = solvers.table(NoiseSchedule(**noise, clip_sample=clip), name, 1)
         row = jax.tree.map(lambda column: column[0], table.rows)
-        end[clip] = step(row, rows.start(table.rows, latents * table.start), prediction, latents)[0]
+        end[clip] = step(row, rows.start(table.rows, latents[None] * table.start)[0], prediction, latents)[0]
     assert np.abs(end[False]).max() > 2
     reference.close(end[True], np.clip(end[False], -1, 1), 1e-5)
     plain, clipped = (solvers.table(NoiseSchedule(**noise, clip_sample=clip), name, 5) for clip in (False, True))
-    states = [rows.start(table.rows, 1e-3 * latents) for table in (plain, clipped)]
+    states = [rows.start(table.rows, 1e-3 * latents[None])[0] for table in (plain, clipped)]
     for i in range(5):
         states = [
             step(jax.tree.map(lambda column, i=i: column[i], table.rows), state, 1e-3 * prediction, 0 * prediction)
@@ -190,7 +221,7 @@ def test_they_all_arrive(name):
     for prediction_type in PREDICTIONS:
         schedule = NoiseSchedule(prediction_type=prediction_type)
         table = solvers.table(schedule, name, 20)
-        state = rows.start(table.rows, np.float32(noise * table.start))
+        state = rows.start(table.rows, np.float32(noise * table.start)[None])[0]
         alphas = schedule.alphas_cumprod().astype(np.float64)
         for i in range(len(table.rows.timestep)):
             row = jax.tree.map(lambda column, i=i: column[i], table.rows)
