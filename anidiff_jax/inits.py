@@ -5,6 +5,7 @@ frames are taken from its first one on, `stride` apart. A place of the latents i
 mask are white.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,17 @@ def mask_of(given: Any, num_frames: int, height: int, width: int, stride: int, s
     white = read.astype(np.float32).mean(-1) >= 127.5
     parts = white.reshape(num_frames, height // side, side, width // side, side)  # f (h side) (w side) -> f h side w side
     return (parts.mean((2, 4)) >= 0.5).astype(np.float32)[..., None]
+
+
+def hash_of(given: str | Path) -> str:
+    """Of a file, or of all files in a folder and their names: by which a video that was made from it can be made again."""
+    path, digest = Path(given).expanduser(), hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.name.encode() if path.is_dir() else b"")
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _as_uint8(name: str, given: Any, axes: int) -> np.ndarray:

@@ -24,7 +24,7 @@ SETTINGS = {
     "seed": ("seed", "another video of the same prompt"),
     "neg": ("negative_prompt", "what the video should not show; nothing after it: no negative prompt"),
     "guidance": ("guidance_scale", "how closely the prompt is followed"),
-    "steps": ("num_inference_steps", "denoising steps (compiles anew)"),
+    "steps": ("num_inference_steps", "denoising steps"),
     "scheduler": ("scheduler", "ddim, euler, dpmpp_2m, … (compiles anew for some)"),
     "frames": ("sample_n_frames", "frames of a video (compiles anew)"),
     "size": ("sample_size", "pixels, 256 or 256x384 (compiles anew)"),

@@ -14,6 +14,7 @@ from PIL import Image
 
 from anidiff_jax.config import SampleConfig
 from anidiff_jax.errors import UserError, read_text
+from anidiff_jax.inits import hash_of
 from anidiff_jax.sheets import contact_sheet, grid_gif, grid_png
 from anidiff_jax.video import (
     ASCII,
@@ -76,8 +77,15 @@ def record_of(config: SampleConfig, pipeline) -> dict[str, Any]:
         **asdict(pipeline.schedule),
         "dtype": pipeline.dtype,
         "hashes": pipeline.hashes,
+        **({"inputs": inputs} if (inputs := inputs_of(config)) else {}),
         "made_by": f"anidiff-jax {__version__}, jax {jax.__version__}, {jax.devices()[0].device_kind}",
     }
+
+
+def inputs_of(config: SampleConfig) -> dict[str, str]:
+    """Hashes of the files that a video starts from."""
+    given = {name: getattr(config, name) for name in ("init_video", "init_image", "mask_video")}
+    return {name: hash_of(path) for name, path in given.items() if path is not None}
 
 
 def arguments_in(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,5 +210,8 @@ def check_models(config: SampleConfig, record: Mapping[str, Any]) -> None:
         if all((getattr(config, name) or None) == (arguments.get(name) or None) for name in sources):
             raise UserError(f"{message}; say with --{sources[0]} where those of then are")
         log.warning("%s, as the arguments say: the video will be another", message)
+    for name, then_hash in (before.get("inputs") or {}).items():
+        if record.get("inputs", {}).get(name) not in (None, then_hash) and getattr(config, name) == arguments.get(name):
+            raise UserError(f"{where} was made from another {name}: what {getattr(config, name)} was then; say with --{name} where that is")
     if before.get("made_by") != record["made_by"]:
         log.warning("%s was made by %s, this is %s: last digits may differ", where, before.get("made_by"), record["made_by"])

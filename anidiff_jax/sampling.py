@@ -128,7 +128,7 @@ def sample(
     done() is called after every step.
     """
     several = len(seeds) > 1
-    place = put_on_devices if several else lambda tree: tree
+    place = put_on_devices if several else jax.device_put
     every = lambda x: jnp.broadcast_to(x, (len(seeds), *x.shape))
     first = videos = noise
     for again, table in enumerate(plan.tables):

@@ -167,7 +167,30 @@ def plot(result: dict) -> None:
     figure.savefig(HERE.parent / "docs" / "learning.png", dpi=110)
 
 
-PARTS = {"stills": stills, "adapter": adapter, "taught": taught, "few_clips": few_clips, "curves": curves}
+USUAL_STEPS = {"ddim": 25, "euler": 25, "euler_a": 25, "dpmpp_2m": 20, "dpmpp_2m_karras": 20, "dpmpp_sde": 25, "pndm": 25, "lms": 25,
+               "heun": 13, "unipc": 15, "ddpm": 50}  # fmt: skip
+
+
+def solvers() -> dict:
+    """Every scheduler but lcm, which is for distilled models, at its usual number of steps, on the same prompts and noise."""
+    each = {name: ("--scheduler", name, "--num_inference_steps", steps) for name, steps in USUAL_STEPS.items()}
+    return {f"{name}, {how[-1]} steps": evaluate(f"solver-{name}", "--videos", 24, *how) for name, how in each.items()}
+
+
+def long() -> dict:
+    """64 frames in windows of 8, judged 8 at a time, against videos of 8 of the same prompts; and what memory 64 and 512 frames take."""
+    few = ("--videos", 12, *FEWEST_STEPS)
+    short = evaluate("long-8", *few)
+    result = {"8 frames": short, "64 frames in windows, 8 at a time": evaluate("long-64", *few, "--sample_n_frames", 64, "--part", 8)}
+    for frames in (64, 512):
+        words = ["sample.py", "--prompt", "a red circle moving right on a white background", "--verbose", "--output_path", WORK / "long"]
+        words += ["--sample_n_frames", frames, "--num_inference_steps", 4]
+        done = subprocess.run([sys.executable, *map(str, words)], check=True, cwd=HERE.parent, stderr=subprocess.PIPE, text=True)
+        result["64 frames in windows, 8 at a time"][f"sample.py, {frames} frames, 4 steps"] = done.stderr.strip().splitlines()[-1]
+    return result
+
+
+PARTS = {"stills": stills, "solvers": solvers, "long": long, "adapter": adapter, "taught": taught, "few_clips": few_clips, "curves": curves}
 
 
 def as_markdown(results: dict[str, dict]) -> str:

@@ -22,6 +22,7 @@ from anidiff_jax.lora import init_lora
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.outputs import check_models, record_of, settings_of
 from anidiff_jax.pipeline import AnimateDiffPipeline
+from anidiff_jax.video import save_frames
 from anidiff_jax.weights.base import load_model
 from anidiff_jax.weights.loras import save_lora
 from anidiff_jax.weights.tree import flatten
@@ -355,6 +356,21 @@ def test_a_video_is_made_again(sampled, lora, tmp_path):
     assert parse(SampleConfig, ["--from_json", str(other), "--model_id_or_path", "SD"]).prediction_type is None
     prompts = parse(SampleConfig, ["--from_json", str(other), "--validation_prompts_path", "prompts.txt"])
     assert (prompts.prompt, prompts.validation_prompts_path, prompts.fps) == (None, "prompts.txt", 5)
+
+
+def test_a_video_that_was_painted_over_is_made_again(sampled, tmp_path):
+    """From the same file alone."""
+    colours = np.random.default_rng(0).integers(0, 255, (2, 20, 16, 16, 3), np.uint8)
+    save_frames(colours[0, :4], tmp_path / "first")
+    Image.fromarray(colours[0, 0]).save(tmp_path / "mask.png")
+    words = ["--init_video", tmp_path / "first", "--mask_video", tmp_path / "mask.png", "--strength", "0.5", "--output_format", "png"]
+    (made,), _ = sampled("--prompt", "a star", *words)
+    (again,), log = sampled("--from_json", made, "--output_path", tmp_path / "again", models=False)
+    assert log == ""
+    assert (made / "0003.png").read_bytes() == (again / "0003.png").read_bytes()
+    Image.fromarray(colours[1, 0]).save(tmp_path / "first" / "0000.png")
+    with pytest.raises(UserError, match="was made from another init_video"):
+        sampled("--from_json", made, models=False)
 
 
 def test_what_it_cost_is_said(sampled):

@@ -89,6 +89,10 @@ def main() -> None:
     parser.add_argument("--sample_n_frames", type=int, default=8)
     parser.add_argument("--num_inference_steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, default=5.0)
+    parser.add_argument("--scheduler", default="ddim")
+    parser.add_argument(
+        "--part", type=int, help="judge parts of so many frames, each by itself: a long video leaves the picture and comes back"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -100,8 +104,11 @@ def main() -> None:
     start = time.perf_counter()
     pipeline = load(args)
     asked = prompts(args.videos, things=args.things)
-    settings = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale")}
+    settings = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "scheduler")}
     videos, result = evaluate(pipeline, asked, args.seed, num_frames=args.sample_n_frames, height=64, width=64, **settings)
+    if args.part:
+        parts = [video[i : i + args.part] for video in videos for i in range(0, args.sample_n_frames, args.part)]
+        result = {**table(parts, [scene for scene, _ in asked for _ in range(0, args.sample_n_frames, args.part)])}
     said = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     result = {**result, "settings": said, "seconds": round(time.perf_counter() - start)}
     write(args.output, result, videos, [prompt for _, prompt in asked])
