@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check
 
-.PHONY: demo test soak evaluate check clean
+.PHONY: demo test soak evaluate bench check clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/core  ## clips, a LoRA, a GIF, the merged adapter: the whole line in minutes
@@ -15,6 +15,9 @@ soak: .venv/test  ## the tests that take long: kill and resume at random moments
 
 evaluate: .venv/dev  ## does training work? the long evaluations of the embedded world, as tables
 	.venv/bin/python benchmarks/shapes.py
+
+bench: .venv/dev  ## speed and memory beside PyTorch diffusers, at full size
+	.venv/bin/python benchmarks/run.py
 
 check: .venv/dev  ## style and types
 	.venv/bin/ruff check .

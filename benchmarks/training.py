@@ -4,7 +4,7 @@
     python benchmarks/training.py --only tiny      # those whose name begins so
 
 Each case is a run of train.py in a process of its own; what its report says of its cost goes into
-benchmarks/results/training-<device>.json and .md. The full-size model is made by benchmarks/unet_forward.py.
+benchmarks/results/training-<device>.json and .md. The full-size model is that of benchmarks/full_size.py.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
     cases = {**CASES, **(GPU_CASES if where == "gpu" else {})}
     cases = {name: settings for name, settings in cases.items() if name.startswith(args.only)}
     if not MODEL.exists() and any("model_id_or_path" in settings for settings in cases.values()):
-        subprocess.run([sys.executable, "-c", "import benchmarks.unet_forward as b; b.make_model()"], cwd=HERE.parent, check=True)
+        subprocess.run([sys.executable, "-c", "import benchmarks.full_size as b; b.make_model()"], cwd=HERE.parent, check=True)
     rows = [measure(name, settings) for name, settings in cases.items()]
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     machine = f"{kind}, {os.cpu_count()} cores, {cpu[1] if cpu else platform.machine()}, jax {version('jax')}"

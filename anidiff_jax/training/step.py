@@ -105,7 +105,9 @@ def denoising_loss(trained, frozen, task: Task, latents, text, keys):
     predict = task.networks.unet.apply
     if task.networks.unet.settings.lora_dropout:  # clip by clip, since dropout draws for all that it sees from one key
         one = lambda noisy, t, text, key: predict(variables, noisy[None], t[None], text[None], rngs={"dropout": key})[0]
-        predictions = jax.vmap(one)(noisy, timesteps, text, for_dropout)
+        clips = (noisy, timesteps, text, for_dropout)
+        # At full size on a CPU, vmap takes 10.4 GB of temporary memory where one clip without it takes 7.5.
+        predictions = jax.vmap(one)(*clips) if len(noisy) > 1 else one(*(x[0] for x in clips))[None]
     else:
         predictions = predict(variables, noisy, timesteps, text)
     return jnp.mean(weights * jnp.square(predictions - answers).mean((1, 2, 3, 4)))

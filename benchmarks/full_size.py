@@ -1,0 +1,102 @@
+"""A Stable Diffusion 1.5 with a v2 motion adapter of full size, random weights: what the benchmarks measure on.
+
+Written once to benchmarks/.work/sd15 in diffusers layout (6.1 GB). No norm is one, no bias or projection zero, so that what two programs
+compute can be compared.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+WORK = HERE / ".work"
+MODEL = WORK / "sd15"
+UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+TEXT = {
+    "architectures": ["CLIPTextModel"], "bos_token_id": 0, "eos_token_id": 2, "hidden_act": "quick_gelu", "hidden_size": 768,
+    "intermediate_size": 3072, "max_position_embeddings": 77, "model_type": "clip_text_model", "num_attention_heads": 12,
+    "num_hidden_layers": 12, "pad_token_id": 1, "vocab_size": 49408,
+}  # fmt: skip
+
+
+def make_model() -> Path:
+    """Writes the model where it is not yet; returns its folder."""
+    if MODEL.exists():
+        return MODEL
+    import jax
+
+    from anidiff_jax.models.clip import CLIPTextModel, clip_config
+    from anidiff_jax.models.config import fresh_motion_config, unet_config
+    from anidiff_jax.models.init import draw, shapes
+    from anidiff_jax.models.unet import UNet
+    from anidiff_jax.models.vae import AutoencoderKL, vae_config
+    from anidiff_jax.shapes.tiny_model import INDEX, SCHEDULER, WORDS
+    from anidiff_jax.shapes.tokenizer import write_tokenizer
+    from anidiff_jax.weights import files
+    from anidiff_jax.weights.tree import is_buffer, is_motion, split
+
+    rng = np.random.default_rng(0)
+
+    def random(tree):
+        def leaf(path, x):
+            name = ".".join(p.key for p in path)
+            if is_buffer(name):
+                return x
+            return x + rng.standard_normal(x.shape, np.float32) * (0.1 if x.ndim == 1 else 0.3 / np.sqrt(np.prod(x.shape[:-1])))
+
+        return jax.tree_util.tree_map_with_path(leaf, draw(tree, 0))
+
+    motion = fresh_motion_config(UNET, heads=8, max_frames=32)
+    motion_shapes, image_shapes = split(shapes(UNet(unet_config(UNET, motion))), is_motion)
+    parts = {
+        "unet": (image_shapes, UNET, "diffusion_pytorch_model"),
+        "motion_adapter": (motion_shapes, motion.to_json(), "diffusion_pytorch_model"),
+        "vae": (shapes(AutoencoderKL(vae_config(VAE))), VAE, "diffusion_pytorch_model"),
+        "text_encoder": (shapes(CLIPTextModel(clip_config(TEXT))), TEXT, "model"),
+    }
+    with files.written_whole(MODEL) as out:
+        for name, (tree, config, stem) in parts.items():
+            print(f"writing {name}", flush=True)
+            (out / name).mkdir()
+            files.save_json(config, out / name / "config.json")
+            files.save(random(tree), out / name / f"{stem}.safetensors")
+        write_tokenizer(out / "tokenizer", WORDS)
+        (out / "scheduler").mkdir()
+        files.save_json({**SCHEDULER, "prediction_type": "epsilon"}, out / "scheduler" / "scheduler_config.json")
+        files.save_json(INDEX, out / "model_index.json")
+    return MODEL
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of what is measured: pixels a side, frames, type."""
+
+    size: int = 256
+    frames: int = 16
+    dtype: str = "float32"
+
+
+def inputs(shape: Shape, batch: int = 1, texts: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(latents (batch, f, h, w, 4), text states (texts, 77, 768)), the same for both sides."""
+    rng = np.random.default_rng(1)
+    side = shape.size // 8
+    return rng.standard_normal((batch, shape.frames, side, side, 4), np.float32), rng.standard_normal((texts, 77, 768), np.float32)
+
+
+def draws() -> Path:
+    """Where our side of a training step writes the timesteps and noise that it drew."""
+    return WORK / "draws.npz"
