@@ -3,9 +3,12 @@
 Nothing in a file is executed, and no file makes memory grow beyond its own size.
 """
 
+import ctypes
 import json
 import logging
+import mmap
 import os
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -101,9 +104,8 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     for key, value in found.items():
         if value.is_sparse or value.is_quantized or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise UserError(f"{path}: {key} has shape {list(value.shape)}, more than the file holds: it is damaged, or not meant well")
-    return {
-        key: Tensor(tuple(value.shape), str(value.dtype).removeprefix("torch."), partial(_numpy, value)) for key, value in found.items()
-    }
+    dtype = lambda value: str(value.dtype).removeprefix("torch.")
+    return {key: Tensor(tuple(value.shape), dtype(value), partial(_numpy, value, zipped)) for key, value in found.items()}
 
 
 def _is_plain_zip(path: Path) -> bool:
@@ -144,12 +146,24 @@ def _holds_tensors(value: Any) -> bool:
     return hasattr(value, "untyped_storage")
 
 
-def _numpy(tensor) -> np.ndarray:
+def _numpy(tensor, mapped: bool) -> np.ndarray:
+    """mapped: it lies in a file that is mapped into memory, where every page that is read would stay."""
     import torch
 
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.contiguous().numpy()
+    half = tensor.dtype == torch.bfloat16
+    array = (tensor.contiguous().view(torch.uint16) if half else tensor.contiguous()).numpy()
+    if mapped:
+        array = array.copy()
+        _let_go(tensor.untyped_storage())
+    return array.view(ml_dtypes.bfloat16) if half else array
+
+
+def _let_go(storage) -> None:
+    """Gives the pages of a mapped file back to the system, which reads them again if they are asked for again."""
+    if hasattr(mmap, "MADV_DONTNEED") and sys.platform == "linux":
+        first = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        length = storage.data_ptr() + storage.nbytes() - first
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
