@@ -91,7 +91,7 @@ def main() -> None:
     def examine(step: int) -> None:
         """What tells how it goes: the loss on clips that never train, and videos."""
         here, weights = on_one_device(state), on_one_device(frozen)
-        losses = validation(here.best, weights) if validation else {}
+        losses = validation(state.best, frozen) if validation else {}
         lora = here.best if config.sft_type == "lora" else None
         unet = weights["unet"] if lora else merge(weights["unet"], here.best)
         now = pipeline.with_weights({**weights, "unet": unet}, lora, task.lora_scale or 1.0)

@@ -14,7 +14,6 @@ from PIL import Image
 
 from anidiff_jax.config import SampleConfig
 from anidiff_jax.errors import UserError, read_text
-from anidiff_jax.inits import hash_of
 from anidiff_jax.sheets import contact_sheet, grid_gif, grid_png
 from anidiff_jax.video import (
     ASCII,
@@ -85,6 +84,10 @@ def record_of(config: SampleConfig, pipeline) -> dict[str, Any]:
 def inputs_of(config: SampleConfig) -> dict[str, str]:
     """Hashes of the files that a video starts from."""
     given = {name: getattr(config, name) for name in ("init_video", "init_image", "mask_video")}
+    if not any(given.values()):
+        return {}
+    from anidiff_jax.inits import hash_of
+
     return {name: hash_of(path) for name, path in given.items() if path is not None}
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import subprocess
+import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -304,3 +306,20 @@ def test_a_record_of_a_video_is_no_settings_file(tmp_path):
     (tmp_path / "a.json").write_text('{"prompt": "a star", "seed": 1, "made_by": "anidiff-jax"}')
     with pytest.raises(UserError, match="--from_json"):
         parse(SampleConfig, [str(tmp_path / "a.json")])
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_help_waits_for_nothing_heavy(script):
+    """It comes within a second: JAX, PyTorch and the rest are imported once there is something to do."""
+    look = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit:
+    print("HEAVY", sorted({"jax", "flax", "torch", "optax", "orbax", "decord", "matplotlib"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", look, str(TESTS.parent / script)], capture_output=True, text=True, cwd=TESTS.parent)
+    assert done.returncode == 0, done.stderr
+    assert "--model_id_or_path" in done.stdout
+    assert done.stdout.splitlines()[-1] == "HEAVY []"

@@ -22,7 +22,7 @@ from anidiff_jax.data.cache import NO_TEXT, SHARD, LatentCache, shard_name, shar
 from anidiff_jax.data.decode import BadVideo, read_whole
 from anidiff_jax.data.records import Records
 from anidiff_jax.errors import UserError
-from anidiff_jax.parallel import is_main, on_each_device, wait_for_all
+from anidiff_jax.parallel import is_main, on_each_device, replicate, wait_for_all
 from anidiff_jax.pipeline import AnimateDiffPipeline
 from anidiff_jax.text import encode_text
 from anidiff_jax.training.step import FRAMES_AT_ONCE, encode_frames
@@ -93,14 +93,14 @@ def _encoded(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Each video of `rows` as it is stored."""
     networks, params, devices = pipeline.model.networks, pipeline.model.params, jax.local_device_count()
-    encode = on_each_device(lambda vae, _, frames: encode_frames(networks.vae, vae, frames))
+    encode, vae = on_each_device(lambda vae, _, frames: encode_frames(networks.vae, vae, frames)), replicate(params["vae"])
 
     def posterior(frames: np.ndarray, way: str = "") -> dict[str, np.ndarray]:
         whole = devices * FRAMES_AT_ONCE
         parts = []
         for start in range(0, len(frames), whole):  # one shape, so one compilation
             part = frames[np.minimum(np.arange(start, start + whole), len(frames) - 1)]
-            parts.append(jax.tree.map(np.asarray, encode(params["vae"], None, part.reshape(devices, FRAMES_AT_ONCE, *part.shape[1:]))))
+            parts.append(jax.tree.map(np.asarray, encode(vae, None, part.reshape(devices, FRAMES_AT_ONCE, *part.shape[1:]))))
         joined = [np.concatenate([p[i].reshape(whole, *p[i].shape[2:]) for p in parts])[: len(frames)] for i in (0, 1)]
         return {f"{way}mean": joined[0].astype(dtype), f"{way}std": joined[1].astype(dtype)}
 
