@@ -110,12 +110,16 @@ def write_checkpoint(folder: Path, state: TrainState, frozen_unet: Tree, model: 
 
 
 def _orbax():
-    """Orbax for this process alone: the state is the same in all of them."""
+    """Orbax for this process alone, since the state is the same in all of them.
+
+    Without compression: weights hardly become smaller, and trying takes their size in memory once more.
+    """
     import orbax.checkpoint as ocp
 
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}")
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, use_compression=False)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def restore(checkpoint: Path, state: TrainState) -> TrainState:
@@ -145,7 +149,7 @@ def save_unet_part(trained: Tree, frozen_unet: Tree, model: Model, out: Path, he
         weights, config = split(whole, is_motion)[0], model.motion.to_json()
     else:
         weights, config = whole, unet_json(model)
-    weights = jax.tree.map(lambda x: x.astype("float32"), weights)
+    weights = jax.tree.map(lambda x: x.astype("float32", copy=False), weights)
     files.save_json(config, out / "config.json")
     files.save(weights, out / WEIGHTS, header)
 
