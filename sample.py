@@ -22,6 +22,7 @@ from anidiff_jax import grid, interactive, outputs
 from anidiff_jax.arguments import parse
 from anidiff_jax.config import SampleConfig
 from anidiff_jax.errors import UserError, run_script
+from anidiff_jax.prompts import check_travel
 
 
 def main() -> None:
@@ -37,6 +38,8 @@ def main() -> None:
     axes = grid.axes_of(config, prompts)
     if any(axis.name == "prompt" for axis in axes):
         prompts = [axis.values[0] for axis in axes if axis.name == "prompt"]
+    for prompt in prompts:
+        check_travel(prompt, config.sample_n_frames)
     pipeline = load(config)
     if config.from_json is not None:
         outputs.check_models(config, outputs.record_of(config, pipeline))
@@ -54,6 +57,8 @@ def main() -> None:
 
 def make(pipeline, configs: list[SampleConfig], axes):
     """All videos of the prompts, and grids of them; returns the frames of the last video."""
+    for config in configs:
+        check_travel(config.prompt or "", config.sample_n_frames)
     asked = [config.but(seed=config.seed + i, num_videos_per_prompt=1) for config in configs for i in range(config.num_videos_per_prompt)]
     cells = [grid.cells(config, axes) if axes else [config] for config in asked]
     videos = sample(pipeline, list(itertools.chain(*cells)))
@@ -74,28 +79,38 @@ def sample(pipeline, configs: list[SampleConfig]) -> Iterator[Any]:
     from anidiff_jax.progress import Steps
     from anidiff_jax.training.report import console
 
-    count = len(configs)
-    for group in together(configs, jax.local_device_count()):
-        settings = group[0].sampling()
-        each = {"negative_prompt": [one.negative_prompt for one in group], "seed": [one.seed for one in group]}
-        left = f", {count} to go" if count > len(group) else ""
-        with Steps(f"sampling {f'{len(group)} videos' if len(group) > 1 else 'a video'}{left}", console) as steps:
-            videos = pipeline([one.prompt for one in group], **settings | each, progress=steps.step)
-        if group[0].verbose:
-            console.print(steps.cost(), highlight=False, soft_wrap=True)
-        count -= len(group)
-        for config, video in zip(group, videos, strict=True):
-            for path in outputs.save_video(video, config, outputs.record_of(config, pipeline)):
-                print(path, flush=True)
-            yield video
+    made: dict[int, Any] = {}
+    groups = iter(together(configs, jax.local_device_count()))
+    for i, config in enumerate(configs):
+        if i not in made:
+            group = next(groups)
+            asked, left = [configs[k] for k in group], len(configs) - i - len(set(group))
+            what = f"{len(set(group))} videos" if len(group) > 1 else "a video"
+            each = {"negative_prompt": [one.negative_prompt for one in asked], "seed": [one.seed for one in asked]}
+            with Steps(f"sampling {what}" + (f", {left} to go" if left > 0 else ""), console) as steps:
+                videos = pipeline([one.prompt for one in asked], **config.sampling() | each, progress=steps.step)
+            if config.verbose:
+                console.print(steps.cost(), highlight=False, soft_wrap=True)
+            made |= dict(zip(group, videos, strict=True))
+        video = made.pop(i)
+        for path in outputs.save_video(video, config, outputs.record_of(config, pipeline)):
+            print(path, flush=True)
+        yield video
 
 
-def together(configs: list[SampleConfig], most: int) -> Iterator[list[SampleConfig]]:
-    """Videos that differ in prompt, negative prompt and seed only, at most so many; in their order."""
-    same = lambda config: {name: value for name, value in config.sampling().items() if name != "seed"}
-    for _, alike in itertools.groupby(configs, same):
-        members = list(alike)
-        yield from (members[i : i + most] for i in range(0, len(members), most))
+def together(configs: list[SampleConfig], most: int) -> list[list[int]]:
+    """Numbers of videos that are made at once, as many as there are devices: those that differ in prompt, negative prompt and seed only.
+
+    Where some are left over, the last one again and again, so that nothing is compiled for fewer devices.
+    """
+    alike: dict[str, list[int]] = {}
+    for i, config in enumerate(configs):
+        alike.setdefault(repr({name: value for name, value in config.sampling().items() if name != "seed"}), []).append(i)
+    groups = []
+    for members in alike.values():
+        members += members[-1:] * (-len(members) % most if len(members) > most else 0)
+        groups += [members[i : i + most] for i in range(0, len(members), most)]
+    return sorted(groups)
 
 
 def load(config: SampleConfig):

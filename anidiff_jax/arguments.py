@@ -105,6 +105,7 @@ def _words_of_video(words: list[str]) -> list[str]:
 
     anew = _names(words)
     anew |= {"prompt"} if "validation_prompts_path" in anew else set()
+    anew |= {"init_video", "init_image"} if anew & {"init_video", "init_image"} else set()
     anew |= {"prediction_type"} if "model_id_or_path" in anew else set()  # it was the other model's own
     anew |= PRESETS.get(given.get("__preset", ""), {}).keys()
     record = settings_of(where)

@@ -18,6 +18,7 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "sample_stride": 2,
     "sample_n_frames": 8,
     "guidance_scale": 5.0,
+    "context_frames": 8,
     "num_train_epochs": 20,
 }
 # The recipes that --preset names. What the user gives wins.
@@ -428,8 +429,6 @@ class SampleConfig(Options, _Shared):
         for name, highest in (("mp4_crf", 51), ("webp_quality", 100), ("gif_loop", 65535)):
             if not 0 <= getattr(self, name) <= highest:
                 raise UserError(f"{name} {getattr(self, name)} must be between 0 and {highest}")
-        if self.prompt is not None:
-            check_travel(self.prompt, self.sample_n_frames)
         if self.merge_lora and (self.ckpt_dir is None or self.sft_type != "lora"):
             raise UserError("merge_lora needs --sft_type lora and --ckpt_dir, the checkpoint whose LoRA is to be merged")
 

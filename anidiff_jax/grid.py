@@ -11,7 +11,7 @@ from anidiff_jax.config import SampleConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.video import slug
 
-TEXTS = ("prompt", "negative_prompt", "prompt_head", "prompt_tail")  # their values stand between bars, since texts hold commas
+TEXTS = ("prompt", "negative_prompt", "prompt_head", "prompt_tail", "freeu")  # their values stand between bars, since texts hold commas
 SHAPES = ("sample_size", "sample_n_frames")  # which all videos of a grid have in common
 IN_A_ROW = 6  # videos of one list, at most; more make a square
 
@@ -87,7 +87,8 @@ def _value(config: SampleConfig, name: str, text: str, given: str) -> Any:
     known = sorted({*TEXTS, *_of_the_call(config)})
     if name in known:
         try:
-            value = getattr(parse(SampleConfig, [f"--{name}={text}"]), name)
+            kinds = {f.name: f.type for f in fields(SampleConfig)}
+            value = text if kinds[name] in (str, str | None) else getattr(parse(SampleConfig, [f"--{name}={text}"]), name)
             config.but(**{name: value})
         except UserError as error:
             raise UserError(f"grid {given}: {error}") from None

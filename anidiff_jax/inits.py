@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from anidiff_jax.data.decode import BadVideo, fit, read_clip
 from anidiff_jax.errors import UserError
@@ -68,7 +68,9 @@ def mask_of(given: Any, num_frames: int, height: int, width: int, stride: int, s
         read = picture_of(name, path, num_frames, height, width) if still else video_of(name, path, num_frames, height, width, stride)
     else:
         grey = np.asarray(given)
-        if grey.ndim not in (2, 3):
+        if grey.dtype == np.uint8 and grey.max(initial=0) <= 1:
+            grey = grey * np.uint8(255)  # zeros and ones
+        if grey.ndim not in (2, 3) or grey.shape[-1] == 3:
             raise UserError(f"{name} has shape {grey.shape}: give (frames, height, width), or (height, width)")
         coloured = np.repeat(grey[..., None], 3, axis=-1)
         how = (name, coloured, num_frames, height, width)
@@ -76,6 +78,18 @@ def mask_of(given: Any, num_frames: int, height: int, width: int, stride: int, s
     white = read.astype(np.float32).mean(-1) >= 127.5
     parts = white.reshape(num_frames, height // side, side, width // side, side)  # f (h side) (w side) -> f h side w side
     return (parts.mean((2, 4)) >= 0.5).astype(np.float32)[..., None]
+
+
+def _as_rgb(page: Image.Image) -> np.ndarray:
+    """uint8 (h, w, 3): turned as its camera says, what is transparent black, 16 bits brought to 8."""
+    page = ImageOps.exif_transpose(page)
+    if page.mode.startswith("I"):
+        grey = np.asarray(page, np.float32)
+        page = Image.fromarray(np.uint8(np.clip(grey / (257 if grey.max() > 255 else 1), 0, 255).round()))
+    if page.has_transparency_data:
+        clear = page.convert("RGBA")
+        page = Image.alpha_composite(Image.new("RGBA", clear.size, (0, 0, 0, 255)), clear)
+    return np.asarray(page.convert("RGB"))
 
 
 def hash_of(given: str | Path) -> str:
@@ -112,7 +126,7 @@ def _pictures(name: str, path: Path, choose) -> np.ndarray:
     chosen = list(choose(_length(name, path)))
     try:
         with Image.open(path) as image:
-            kept = {i: np.asarray(page.convert("RGB")) for i, page in enumerate(ImageSequence.Iterator(image)) if i in chosen}
+            kept = {i: _as_rgb(page) for i, page in enumerate(ImageSequence.Iterator(image)) if i in chosen}
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's kinds for damage
         raise UserError(f"{name} {path} cannot be read: {str(error).splitlines()[0]}") from None
     return np.stack([kept[i] for i in chosen])

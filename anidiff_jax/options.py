@@ -40,7 +40,7 @@ class Options:
     context_frames: int | None = arg(
         None, "longer videos are made in windows of so many frames; none = those longer than the motion modules know, 16 (embedded: 8)"
     )
-    context_overlap: int | None = arg(None, "frames that a window shares with the next; none = half of it")
+    context_overlap: int | None = arg(None, "frames that a window shares with the next; none = a quarter of it")
     context_schedule: Literal["uniform", "static"] = arg("uniform", "windows move from step to step, so that no seam stays; or stay")
     context_batch: int = arg(1, "windows that are computed at once: more is faster on a GPU, and takes more memory")
     closed_loop: bool = arg(False, "windows go on from the last frame to the first, so that the video is a loop without a seam")
@@ -55,6 +55,9 @@ class Options:
     free_init_fast: bool = arg(False, "fewer steps in FreeInit's first iterations")
 
     def __post_init__(self):
+        for name in ("init_video", "init_image", "mask_video"):
+            if isinstance(getattr(self, name), str) and not getattr(self, name):  # --init_video "" takes away what a file says
+                object.__setattr__(self, name, None)
         for name in ("clip_skip", "init_stride"):
             if getattr(self, name) < (least := int(name == "init_stride")):
                 raise UserError(f"{name} {getattr(self, name)} must be at least {least}")

@@ -33,7 +33,14 @@ log = logging.getLogger(__name__)
 
 NORMS = ("joint", "per_frame")
 PARTS = ("unet", "text_encoder")  # that LoRAs adapt
-DEFAULTS = {"sample_size": 256, "sample_n_frames": 16, "num_inference_steps": 25, "guidance_scale": 8.0, "scheduler": "ddim"}
+DEFAULTS: dict[str, Any] = {
+    "sample_size": 256,
+    "sample_n_frames": 16,
+    "num_inference_steps": 25,
+    "guidance_scale": 8.0,
+    "scheduler": "ddim",
+    "context_frames": None,
+}
 
 
 class AnimateDiffPipeline:
@@ -217,7 +224,8 @@ class AnimateDiffPipeline:
         height, width = height or int(self.defaults["sample_size"]), width or int(self.defaults["sample_size"])
         guidance_scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
         steps = self.defaults["num_inference_steps"] if num_inference_steps is None else num_inference_steps
-        asked, scheduler = Options(**options), scheduler or self.defaults["scheduler"]
+        asked = Options(**{"context_frames": self.defaults["context_frames"]} | options)
+        scheduler = scheduler or self.defaults["scheduler"]
         tables = tables_of(self.schedule, asked, scheduler, steps, eta)
         plan = plan_of(self.model, asked, (num_frames, height, width), tables, guidance_scale, self.defaults["sample_n_frames"])
         if latents is not None:
@@ -243,8 +251,8 @@ class AnimateDiffPipeline:
 
     def _on_devices(self) -> tuple[dict[str, Tree], Tree]:
         """(weights, LoRAs) on every local device; made once, and again where they are others."""
-        now = (self.model.params, [(id(lora), scale) for lora, scale in self.loras])
-        if self._replicated is None or self._replicated[0][0] is not now[0] or self._replicated[0][1] != now[1]:
+        now = [self.model.params, *self.loras]  # kept, so that their ids stay theirs
+        if self._replicated is None or [*map(id, self._replicated[0])] != [*map(id, now)]:
             self._replicated = None  # first let go of the old ones
             own = {name: self.model.params[name] for name in ("unet", "vae")}
             self._replicated = (now, replicate((own, self.joined_lora("unet"))))

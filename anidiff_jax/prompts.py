@@ -15,6 +15,8 @@ EMPHASIS = 1.1  # of a pair of round brackets; square ones divide by it
 MARK = re.compile(r"\\[\\()\[\]]|[(\[\])]|:\s*(?P<weight>[-+]?\d*\.?\d+)\s*\)|[^\\()\[\]:]+|\\|:")
 
 
+NUMBERED = r"(\d+)\s*:\s*(.*)"
+
 # Travel
 
 
@@ -49,10 +51,12 @@ def joined_lines(lines: Iterable[str]) -> list[str]:
     """The prompts in a file's lines: one in each, but lines "0: …", "16: …" one after the other are one that travels."""
     prompts: list[str] = []
     travel: dict[int, str] = {}
-    for line in [*lines, "0: "]:
-        numbered = re.fullmatch(r"(\d+)\s*:\s(.*)", line)
-        if numbered and travel and int(numbered[1]) > max(travel):
-            travel[int(numbered[1])] = numbered[2].strip()
+    for line in [*lines, "0:"]:
+        numbered = re.fullmatch(NUMBERED, line)
+        if numbered and travel and (number := int(numbered[1])) != 0:
+            if number <= max(travel):
+                raise UserError(f"prompt line {line!r} follows one for frame {max(travel)}: the frames of a prompt that travels must rise")
+            travel[number] = numbered[2].strip()
             continue
         if travel:
             prompts.append(as_text(travel))
@@ -63,8 +67,9 @@ def joined_lines(lines: Iterable[str]) -> list[str]:
 
 
 def _mapping_in(text: str) -> Mapping[Any, Any] | None:
-    """The mapping that a text is, if it looks like one that begins with frame 0."""
-    if re.match(r"\{\s*[\"']?0[\"']?\s*:", text):
+    """The mapping that a text is, if it looks like one."""
+    text = text.strip()
+    if re.match(r"\{\s*[\"']?\d+[\"']?\s*:", text):
         import yaml
 
         try:
@@ -74,7 +79,7 @@ def _mapping_in(text: str) -> Mapping[Any, Any] | None:
         if not isinstance(found, dict):
             raise UserError(f'prompt {text} cannot be read: write {{0: "a calm sea", 16: "a storm"}}')
         return found
-    lines = [re.fullmatch(r"(\d+)\s*:\s(.*)", line.strip()) for line in text.strip().splitlines()]
+    lines = [re.fullmatch(NUMBERED, line.strip()) for line in text.splitlines()]
     if lines and lines[0] and int(lines[0][1]) == 0 and all(lines):
         return {int(line[1]): line[2].strip() for line in lines if line}
     return None

@@ -42,7 +42,9 @@ def text_states(
     @cache
     def tokens(text: str) -> tuple[np.ndarray, np.ndarray]:
         with TOKENIZER_LOCK:
-            parts = [(list(tokenizer(part, add_special_tokens=False)["input_ids"]), weight) for part, weight in weighted(text)]
+            parts = [
+                (list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]), weight) for part, weight in weighted(text)
+            ]
         return chunks(parts, network.config.max_length, *marks)
 
     @cache
@@ -50,7 +52,7 @@ def text_states(
         (ids, weights), empty = tokens(text), tokens("")[0]
         rows = np.concatenate([ids, np.repeat(empty, count - len(ids), axis=0)])
         encoded = [np.asarray(encode_text(network, params, row[None], lora, skip), np.float32)[0] for row in rows]
-        return emphasised(np.concatenate(encoded), weights.reshape(-1))
+        return np.concatenate([*map(emphasised, encoded, weights), *encoded[len(weights) :]])
 
     made = []
     for i, prompt in enumerate(prompts):
@@ -83,8 +85,12 @@ def chunks(parts: Sequence[tuple[list[int], float]], length: int, begin: int, en
 
 
 def emphasised(states: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """States (tokens, d) times the weights of the first of them; then all brought back to the mean that they had, as A1111 does it."""
+    """A chunk's states (tokens, d) times weights (tokens,); then brought back to the mean that they had, as A1111 does it.
+
+    Where weights turn the mean round, or leave next to nothing of it, bringing it back would tear the states apart: they stay.
+    """
     if (weights == 1).all():
         return states
-    moved = states * np.append(weights, np.ones(len(states) - len(weights), np.float32))[:, None]
-    return moved * (states.mean() / moved.mean())
+    moved = states * weights[:, None]
+    before, after = float(states.mean()), float(moved.mean())
+    return moved * np.float32(before / after) if 0.1 < abs(before / (after or 1e-12)) < 10 and before * after > 0 else moved

@@ -114,7 +114,7 @@ def side_by_side(case: str, shape: Shape, suite: dict, rounds: int) -> dict:
 
 def table(suite: str) -> str:
     """All results of a suite as Markdown."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"bench-{suite}-*.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"bench-{suite}-[!o]*.json"))]
     order = {case: i for i, case in enumerate(SUITES[suite]["cases"])}
     results.sort(key=lambda r: (r["shape"]["size"], order.get(r["case"], 99)))
     if not results:
@@ -165,7 +165,10 @@ def main() -> None:
             shape = Shape(size, args.frames or 16, args.dtype or settings["dtype"])
             result = {**side_by_side(case, shape, settings, args.rounds), "machine": machine()}
             if result["sides"]:
-                (RESULTS / f"bench-{suite}-{case}-{size}.json").write_text(json.dumps(result, indent=2) + "\n")
+                other = "".join(f"-{value}" for value in (args.frames, args.dtype) if value)
+                (RESULTS / f"bench-{suite}{'-other' if other else ''}-{case}-{size}{other}.json").write_text(
+                    json.dumps(result, indent=2) + "\n"
+                )
     text = table(suite)
     (RESULTS / f"{suite}.md").write_text(text)
     print(text)

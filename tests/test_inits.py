@@ -117,6 +117,21 @@ def test_what_is_read(frames, tmp_path):
     np.testing.assert_array_equal(picture_of("init_image", tmp_path / "one.png", 2, 32, 40), frames[[1, 1]])
 
 
+def test_pictures_as_cameras_and_painters_make_them(tmp_path):
+    """Turned, transparent, of 16 bits."""
+    colours = np.random.default_rng(0).integers(0, 255, (4, 8, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # of Exif: a quarter turn
+    Image.fromarray(colours).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(picture_of("init_image", tmp_path / "turned.png", 1, 8, 4)[0], np.rot90(colours, -1))
+    clear = np.full((4, 8, 4), 255, np.uint8)
+    clear[:, 4:, 3] = 0  # white, but transparent
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    np.testing.assert_array_equal(mask_of(tmp_path / "clear.png", 1, 4, 8, 1, 4)[0, 0, :, 0], [1, 0])
+    Image.fromarray(np.full((4, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
+    assert picture_of("init_image", tmp_path / "deep.png", 1, 4, 8).mean() == pytest.approx(40000 / 257, abs=1)
+
+
 def test_the_mask_of_latents(tmp_path):
     """Of four by four pixels, at least half must be white."""
     mask = np.zeros((8, 12), np.uint8)
@@ -126,7 +141,7 @@ def test_the_mask_of_latents(tmp_path):
     expected = np.array([[1, 0, 0], [0, 0, 1]], np.float32)[..., None]
     Image.fromarray(mask).save(tmp_path / "mask.png")
     Image.fromarray(mask).save(tmp_path / "moving.gif", save_all=True, append_images=[Image.fromarray(255 - mask)])
-    for given in (mask, mask / 255, np.stack([mask] * 2), tmp_path / "mask.png"):
+    for given in (mask, mask / 255, mask // 255, np.stack([mask] * 2), tmp_path / "mask.png"):
         np.testing.assert_array_equal(mask_of(given, 2, 8, 12, 1, 4), [expected] * 2)
     moving = mask_of(tmp_path / "moving.gif", 2, 8, 12, 1, 4)
     np.testing.assert_array_equal(moving[0], expected)
@@ -147,6 +162,7 @@ def test_the_mask_of_latents(tmp_path):
         ({"init_image": "a.png", "init_video": "a.mp4"}, "both say what to start from"),
         ({"mask_video": np.zeros((8, 8))}, "mask_video says where to paint anew: give --init_video or --init_image"),
         ({"init_image": np.zeros((8, 8, 3)), "mask_video": np.zeros(8)}, "mask_video has shape (8,)"),
+        ({"init_image": np.zeros((8, 8, 3)), "mask_video": np.zeros((8, 8, 3))}, "mask_video has shape (8, 8, 3)"),
         ({"init_image": np.zeros((8, 8, 3)), "strength": 0.0}, "strength 0.0 must be above 0"),
         ({"init_image": np.zeros((8, 8, 3)), "strength": 0.1}, "strength 0.1 of 5 steps is less than one step"),
         ({"init_image": np.zeros((8, 8, 3)), "free_init_iterations": 2}, "free_init_iterations makes its own start"),

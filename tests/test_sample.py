@@ -84,7 +84,7 @@ def test_the_defaults_of_the_embedded_model(asked):
     (call,), _ = asked("--prompt", "a star")
     assert call == {
         "prompt": "a star", "negative_prompt": "", "num_frames": 8, "height": 64, "width": 64, "num_inference_steps": 25,
-        "guidance_scale": 5.0, "seed": 42, "scheduler": "ddim", "eta": 0.0, **PLAIN,
+        "guidance_scale": 5.0, "seed": 42, "scheduler": "ddim", "eta": 0.0, **PLAIN, "context_frames": 8,
     }  # fmt: skip
 
 
@@ -125,6 +125,28 @@ def test_what_is_asked_for_and_what_the_file_says(asked, base, tmp_path):
     expected = {"scheduler": "euler", "num_inference_steps": 4, "guidance_scale": 1.0}
     assert call.items() >= expected.items()
     assert json.loads(Image.open(printed).info["comment"]).items() >= {**expected, "timestep_spacing": "trailing"}.items()
+
+
+def test_a_grid_over_prompts_that_travel_and_masks(asked, load, tmp_path, monkeypatch):
+    """Each value is checked with the other arguments, not by itself."""
+    pipeline = load()
+    monkeypatch.setattr(sample, "load", lambda _: pipeline)
+    words = [*CLIP, "--sample_n_frames", 20]
+    calls, printed = asked(*words, "--grid", 'prompt={0: "a", 16: "b"}|c')
+    assert [call["prompt"] for call in calls] == ['{0: "a", 16: "b"}', "c"]
+    assert asked("--from_json", printed[-1])[0] == calls
+    for name in ("m1.png", "m2.png", "a.png"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    given = ["--prompt", "a", "--init_image", tmp_path / "a.png", "--grid", f"mask_video={tmp_path}/m1.png,{tmp_path}/m2.png"]
+    calls, printed = asked(*words, *given)
+    assert [Path(call["mask_video"]).name for call in calls] == ["m1.png", "m2.png"]
+    free = ["1,1,1,1", "0.9,0.2,1.2,1.4"]
+    assert [call["freeu"] for call in asked(*words, "--prompt", "a", "--grid", f"freeu={'|'.join(free)}")[0]] == free
+    assert asked("--from_json", printed[0], "--init_image", "", "--mask_video", "")[0][0]["init_image"] is None
+    (call,), _ = asked("--from_json", printed[0], "--init_video", tmp_path / "a.png", "--mask_video", "")
+    assert (call["init_image"], call["init_video"]) == (None, str(tmp_path / "a.png"))
+    with pytest.raises(UserError, match="a text for frame 16, and the video's 3 frames"):
+        asked(*CLIP, "--grid", 'prompt={0: "a", 16: "b"}|c')
 
 
 def test_prompts(asked, load, tmp_path, monkeypatch):
@@ -392,8 +414,10 @@ def test_videos_of_all_devices(sampled, tmp_path):
 def test_only_what_is_alike_is_made_together():
     config = parse(SampleConfig, ["--prompt", "a"])
     changes = [{}, {"seed": 1}, {"prompt": "b", "negative_prompt": "c"}, {"guidance_scale": 2.0}, {"seed": 4}, {"seed": 5}]
-    groups = list(sample.together([config.but(**change) for change in changes], 2))
-    assert [len(group) for group in groups] == [2, 1, 1, 2]
+    configs = [config.but(**change) for change in changes]
+    assert sample.together(configs, 2) == [[0, 1], [2, 4], [3], [5, 5]]
+    assert sample.together(configs, 1) == [[i] for i in range(6)]
+    assert sample.together(configs, 8) == [[0, 1, 2, 4, 5], [3]]
 
 
 def test_a_video_of_another_scheduler_is_made_again(sampled, tmp_path):

@@ -12,7 +12,7 @@ from diffusers.pipelines.free_noise_utils import AnimateDiffFreeNoiseMixin
 from anidiff_jax.errors import UserError
 from anidiff_jax.options import Options
 from anidiff_jax.prompts import as_text, between, joined_lines, mixed, travel_of, weighted
-from anidiff_jax.text import text_states
+from anidiff_jax.text import emphasised, text_states
 from tests import reference
 
 PROMPT, NEGATIVE = "a red circle moving right on a white background", "a blue star"
@@ -91,6 +91,16 @@ def test_a_word_that_weighs_more(theirs, states):
     np.testing.assert_array_equal(states("a (red:1) circle"), states("a red circle"))
 
 
+def test_weights_act_in_their_chunk_and_never_tear(states):
+    """Whatever is beside it, a chunk is as it is alone; and a mean that weights turn round is not brought back."""
+    many = ", ".join(["a red circle"] * 30)
+    np.testing.assert_allclose(states("a (red:1.5) circle", many)[1, :77], states("a (red:1.5) circle")[0], rtol=1e-6)
+    ones = np.ones((2, 4), np.float32)
+    for weights in ([1, -1], [1, -3], [1, -0.9]):  # means of 0, of the other sign, and next to 0
+        np.testing.assert_array_equal(emphasised(ones, np.float32(weights)), ones * np.float32(weights)[:, None])
+    np.testing.assert_allclose(emphasised(ones, np.float32([1, 2])), np.float32([[2 / 3] * 4, [4 / 3] * 4]), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -122,17 +132,21 @@ def test_how_prompts_travel():
     for written in ('{0: "a \\"calm\\" sea: blue", 8: "a storm"}', '0: a "calm" sea: blue\n8: a storm', travel, as_text(travel)):
         assert travel_of(written) == travel
     assert travel_of({8: "b", 0: "a"}) == {0: "a", 8: "b"}
-    for plain in ("16:9 picture", "{red|blue} cat", "3: the film", "a: b", "", "{a} cat {b}"):
+    for plain in ("16:9 picture", "{red|blue} cat", "3: the film", "a: b", "", "{a} cat {b}", "{a: b}"):
         assert travel_of(plain) == {0: plain}
         assert as_text(travel_of(plain)) == plain
-    lines = ["one", "0: a", "8: b", "0: c", "4: d", "2: two", "16: nine"]
-    assert joined_lines(lines) == ["one", '{0: "a", 8: "b"}', '{0: "c", 4: "d"}', "2: two", "16: nine"]
+    assert travel_of(' {0: "a", 4: "b"} ') == travel_of("0:a\n4:b") == {0: "a", 4: "b"}
+    lines = ["one", "0: a", "8:b", "0: c", "4: d", "two", "16: nine"]
+    assert joined_lines(lines) == ["one", '{0: "a", 8: "b"}', '{0: "c", 4: "d"}', "two", "16: nine"]
+    with pytest.raises(UserError, match="prompt line '8: c' follows one for frame 16"):
+        joined_lines(["0: a", "16: b", "8: c"])
 
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
         ({4: "a"}, "must begin at frame 0"),
+        ('{1: "a", 16: "b"}', "must begin at frame 0"),
         ({0: 3}, "does not say a text for each frame"),
         ("{0: a, b: c}", "does not say a text for each frame"),
         ("{0: 'a", "cannot be read"),
