@@ -40,7 +40,7 @@ class Options:
     context_frames: int | None = arg(
         None, "longer videos are made in windows of so many frames; none = those longer than the motion modules know, 16 (embedded: 8)"
     )
-    context_overlap: int | None = arg(None, "frames that a window shares with the next; none = a quarter of it")
+    context_overlap: int | None = arg(None, "frames that a window shares with the next; none = a quarter of it, in a closed loop half")
     context_schedule: Literal["uniform", "static"] = arg("uniform", "windows move from step to step, so that no seam stays; or stay")
     context_batch: int = arg(1, "windows that are computed at once: more is faster on a GPU, and takes more memory")
     closed_loop: bool = arg(False, "windows go on from the last frame to the first, so that the video is a loop without a seam")

@@ -167,7 +167,7 @@ def plot(result: dict) -> None:
     figure.savefig(HERE.parent / "docs" / "learning.png", dpi=110)
 
 
-USUAL_STEPS = {"ddim": 25, "euler": 25, "euler_a": 25, "dpmpp_2m": 20, "dpmpp_2m_karras": 20, "dpmpp_sde": 25, "pndm": 25, "lms": 25,
+USUAL_STEPS = {"ddim": 25, "euler": 25, "euler_a": 25, "dpmpp_2m": 20, "dpmpp_2m_karras": 20, "dpmpp_sde": 25, "pndm": 50, "lms": 50,
                "heun": 13, "unipc": 15, "ddpm": 50}  # fmt: skip
 
 

@@ -22,7 +22,7 @@ class Context:
     """How a long video is cut.
 
     frames: of a window; None is as many as the model is made for, and windows only where a video is longer than it knows. overlap:
-    frames that neighbours share; None is a quarter of the window. schedule: uniform, windows move from step to step, so that no seam
+    frames that neighbours share; None is a quarter of the window, in a loop half of it. schedule: uniform, windows move from step to step, so that no seam
     stays; static, they stay. batch: windows that the network sees at once. closed_loop: windows go on from the last frame to the first.
     Raises UserError for values that mean nothing.
     """
@@ -57,7 +57,8 @@ class Context:
 
     def stride(self, window: int) -> int:
         """Frames from a window to the next."""
-        return window - (window // 4 if self.overlap is None else self.overlap)
+        share = 2 if self.closed_loop else 4
+        return window - (window // share if self.overlap is None else self.overlap)
 
     def starts(self, num_frames: int, window: int, rows: int) -> np.ndarray:
         """(rows, windows) int32: where the windows begin, in every row."""
