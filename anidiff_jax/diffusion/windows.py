@@ -21,9 +21,10 @@ FREE_NOISE = ("shuffle", "repeat", "none")
 class Context:
     """How a long video is cut.
 
-    frames: of a window; None is as many as the model is made for, and windows only where a video is longer than it knows. overlap:
-    frames that neighbours share; None is a quarter of the window, in a loop half of it. schedule: uniform, windows move from step to step, so that no seam
-    stays; static, they stay. batch: windows that the network sees at once. closed_loop: windows go on from the last frame to the first.
+    frames: of a window; None is as many as the model is made for, and windows only where a video is longer than it knows.
+    overlap: frames that neighbours share; None is a quarter of the window, in a loop half of it.
+    schedule: uniform, windows move from step to step, so that no seam stays; static, they stay.
+    batch: windows that the network sees at once. closed_loop: windows go on from the last frame to the first.
     Raises UserError for values that mean nothing.
     """
 
