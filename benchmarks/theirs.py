@@ -20,6 +20,7 @@ def start(compiled: bool = False) -> dict[str, Any]:
 
     global COMPILED
     COMPILED = compiled
+    torch.backends.cudnn.benchmark = True
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     return {"torch": torch.__version__, "diffusers": diffusers.__version__, "device": device}
 
@@ -93,7 +94,11 @@ def sample(shape: Shape, steps: int, guidance: float) -> Run:
     pipe.unet, pipe.vae = best(pipe.unet), best(pipe.vae)
     pipe.set_progress_bar_config(disable=True)
     how = {"num_frames": shape.frames, "height": shape.size, "width": shape.size, "num_inference_steps": steps, "guidance_scale": guidance}
-    return lambda: pipe("a red circle moving right", latents=latents, output_type="np", decode_chunk_size=16, **how).frames
+    return lambda: (
+        pipe(
+            "a red circle moving right", latents=latents, output_type="np", decode_chunk_size=max(1, 512**2 // shape.size**2), **how
+        ).frames
+    )
 
 
 def sample_25(shape: Shape) -> Run:
@@ -124,14 +129,16 @@ def vae_decode(shape: Shape) -> Run:
 
 
 def train(shape: Shape, kind: str, remat: bool, batch: int = 1) -> Run:
-    """As diffusers' users train: AdamW on what trains in float32, autocast where the shape says bfloat16."""
+    """AdamW on what trains, in float32; the rest in the shape's type, and autocast where that is bfloat16."""
     from peft import LoraConfig
 
-    unet = unet_of(Shape(shape.size, shape.frames, "float32" if kind == "full" else shape.dtype))
+    unet = unet_of(shape)
     unet.requires_grad_(False)
     if kind == "full":
         for name, p in unet.named_parameters():
-            p.requires_grad_("motion_modules" in name)
+            if "motion_modules" in name:
+                p.data = p.data.float()
+                p.requires_grad_(True)
     else:
         layers = r".*motion_modules.*transformer_blocks.*\.(to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2)"
         unet.add_adapter(LoraConfig(r=8, lora_alpha=32, target_modules=layers, lora_dropout=0.0))
@@ -139,7 +146,7 @@ def train(shape: Shape, kind: str, remat: bool, batch: int = 1) -> Run:
         unet.enable_gradient_checkpointing()
     unet.train()
     chosen = [p for p in unet.parameters() if p.requires_grad]
-    adamw = torch.optim.AdamW(chosen, lr=1e-4, weight_decay=0.01)
+    adamw = torch.optim.AdamW(chosen, lr=1e-4, weight_decay=0.01, fused=DEVICE == "cuda")
     drawn = np.load(draws())
     (latents, text), timesteps = given(shape, batch, batch), torch.tensor(drawn["timesteps"], device=DEVICE)
     noise = torch.tensor(drawn["noise"]).permute(0, 4, 1, 2, 3).to(DEVICE)
