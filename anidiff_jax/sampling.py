@@ -33,7 +33,8 @@ PIXELS_AT_ONCE = 512 * 512  # the VAE works on as many frames at a time as have 
 class Plan:
     """How the videos of a call are made: all that does not depend on prompts and seeds.
 
-    tables: of the solver, one for each of FreeInit's iterations. clean, mask: latents of what is painted over, and where it is.
+    tables: of the solver, one for each of FreeInit's iterations. given, clean, mask: what is painted over, uint8 (f, H, W, 3), its latents,
+    and where of these it is.
     """
 
     shape: tuple[int, int, int, int]
@@ -46,6 +47,7 @@ class Plan:
     free_init: FreeInit
     clean: Any
     mask: Any
+    given: Any
 
     def noise(self, seed: int):
         """What a video starts from, standard normal (f, h, w, c)."""
@@ -81,7 +83,7 @@ def plan_of(model: Model, asked: Options, size: tuple[int, int, int], tables: li
     window = asked.context.window(frames, usual, most_frames(model))
     perturbed = asked.guidance.perturbed(model.layers()["unet"])
     led = guidance_scale > 1 or perturbed != ""
-    clean = mask = None
+    given = clean = mask = None
     if asked.has_init:
         given = (
             video_of("init_video", asked.init_video, *size, asked.init_stride)
@@ -109,6 +111,7 @@ def plan_of(model: Model, asked: Options, size: tuple[int, int, int], tables: li
         free_init=asked.free_init,
         clean=clean,
         mask=mask,
+        given=given,
     )
 
 
@@ -143,7 +146,11 @@ def sample(
             plan.program, params["unet"], lora, place(start), place(texts), table, plan.numbers, plan.guidance.rows(rows),
             plan.starts(rows), place(keys("solver")) if table.draws else None, place(kept), done,
         )  # fmt: skip
-    return decode_each(vae, params["vae"], videos)
+    frames = decode_each(vae, params["vae"], videos)
+    if plan.mask is None:
+        return frames
+    anew = plan.mask.repeat(vae.config.factor, 1).repeat(vae.config.factor, 2)  # of latents -> of pixels
+    return jnp.where(anew > 0, frames, plan.given / 255)  # the VAE changes what is beside: of its picture, only what was painted
 
 
 def _keys(seeds: Sequence[int], again: int, name: str):

@@ -19,7 +19,6 @@ from anidiff_jax.parallel import data_parallel, replicate, split_batch, to_devic
 from anidiff_jax.training import setup
 from anidiff_jax.training.state import TrainState, make_optimizer
 from anidiff_jax.training.step import make_update
-from anidiff_jax.weights.tree import flatten
 from tests import conftest  # its flags, when this is run by itself
 
 FRAMES, SIDE = 8, 64
@@ -50,14 +49,16 @@ def sampling_step():
     return step_of(program, 1).lower(pipe.model.params["unet"], {}, numbers, turn, latents, text, None, None).compile()
 
 
-def training(kind: str):
-    config = TrainConfig(sft_type=kind, sample_size=str(SIDE), sample_n_frames=FRAMES, batch_size=2, motion_adapter_id_or_path=None)
+def training(kind: str, base=None, adapter=None, side: int = SIDE, frames: int = FRAMES):
+    """(update, state, frozen, batch) of the embedded model, or of others."""
+    models = {name: str(path) for name, path in (("model_id_or_path", base), ("motion_adapter_id_or_path", adapter)) if path}
+    config = TrainConfig(sft_type=kind, sample_size=str(side), sample_n_frames=frames, lora_dropout=0.0, **models)
     model = setup.load(config)
     trained, frozen = setup.split_params(config, model)
     optimizer = make_optimizer(config, 10)
     devices = jax.local_device_count()
     rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (devices, FRAMES, SIDE, SIDE, 3), np.uint8)
+    pixels = rng.integers(0, 256, (devices, frames, side, side, 3), np.uint8)
     batch = {"pixels": pixels, "ids": np.zeros((devices, 77), np.int32), "index": np.arange(devices, dtype=np.uint32)}
     update = data_parallel(make_update(setup.task(config, model), optimizer))
     return update, replicate(TrainState.create(trained, optimizer)), replicate(frozen), to_devices(split_batch(batch, 1))
@@ -78,14 +79,10 @@ def test_a_step_of_sampling():
     no_dearer(sampling_step(), SAMPLING)
 
 
-@pytest.mark.parametrize(("kind", "known"), [("lora", LORA), ("full", FULL)])
-def test_an_update_of_training(kind, known):
-    update, *given = training(kind)
-    no_dearer(update.lower(*given).compile(), known)
-
-
-def test_updates_compile_once_and_copy_nothing(compilations):
-    update, state, frozen, batch = training("lora")
+def test_updates_compile_once_copy_nothing_and_are_no_dearer(base, adapter, compilations):
+    update, state, frozen, batch = training("lora", base, adapter, 16, 3)
+    compiled = update.lower(state, frozen, batch).compile()
+    no_dearer(compiled, LORA)
     first = lambda tree: [x.addressable_data(0) for x in jax.tree.leaves(tree)]
     state, _ = update(state, frozen, batch)
     before, weights = compilations(), [x.unsafe_buffer_pointer() for x in first(frozen)]
@@ -95,6 +92,12 @@ def test_updates_compile_once_and_copy_nothing(compilations):
     assert compilations() == before
     assert weights == [x.unsafe_buffer_pointer() for x in first(frozen)]
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves((state, frozen)))
+
+
+@pytest.mark.soak
+def test_full_updates_are_no_dearer():
+    update, *given = training("full")  # of the embedded model
+    no_dearer(update.lower(*given).compile(), FULL)
 
 
 def test_other_prompts_seeds_steps_and_strengths_compile_nothing(pipe, compilations):
@@ -129,6 +132,6 @@ def test_little_goes_to_the_device_in_a_step(pipe, monkeypatch):
 if __name__ == "__main__":
     print(conftest.CACHE)
     print("SAMPLING", figures(sampling_step()))
-    for kind in ("lora", "full"):
-        update, *given = training(kind)
-        print(kind, figures(update.lower(*given).compile()), sum(x.size for x in flatten(given[0].params).values()))
+    update, *given = training("full")
+    print("FULL", figures(update.lower(*given).compile()))
+    print("LORA is told by the test that fails")
