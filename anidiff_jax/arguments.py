@@ -10,12 +10,34 @@ from dataclasses import MISSING, Field, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from anidiff_jax.config import EMBEDDED_DEFAULTS, PRESETS, SECTIONS, SampleConfig, TrainConfig
+from anidiff_jax.config import SampleConfig, TrainConfig
+from anidiff_jax.defaults import EMBEDDED_DEFAULTS, PRESETS
 from anidiff_jax.errors import UserError, read_text
 
 log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", TrainConfig, SampleConfig)
+
+# Headings of the help, each with the argument that comes first under it.
+SECTIONS = {
+    "model_id_or_path": "models",
+    "sample_size": "clips and videos",
+    "num_train_timesteps": "noise",
+    "seed": "running",
+    "trainable_modules": "what trains",
+    "csv_path": "data",
+    "batch_size": "updates",
+    "gradient_checkpointing": "memory and devices",
+    "output_dir": "validation and checkpoints",
+    "use_tensorboard": "logs and hubs",
+    "clip_skip": "prompts",
+    "init_video": "from a video or a picture",
+    "guidance_rescale": "guidance",
+    "context_frames": "long videos",
+    "free_init_iterations": "FreeInit",
+    "ckpt_dir": "what is sampled",
+    "num_videos_per_prompt": "what is written",
+}
 
 
 def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:

@@ -82,13 +82,8 @@ def replicate(tree: Any) -> Any:
     return jax.device_put(tree, _over_devices())
 
 
-def to_devices(batch: Mapping[str, np.ndarray]) -> Any:
-    """A batch as `split_batch` gives it, each device's part on that device."""
-    return jax.device_put(dict(batch), _over_devices(AXIS))
-
-
-def put_on_devices(tree: Any) -> Any:
-    """Arrays whose leading axis is the local devices', each part on its device."""
+def to_devices(tree: Any) -> Any:
+    """Arrays whose leading axis is the local devices', as of a batch that `split_batch` gives: each part on its device."""
     return jax.device_put(tree, _over_devices(AXIS))
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anidiff_jax.config import EMBEDDED_DEFAULTS, PRESETS
+from anidiff_jax.defaults import EMBEDDED_DEFAULTS, PRESETS
 from anidiff_jax.diffusion import solvers
 from anidiff_jax.diffusion.schedule import NoiseSchedule
 from anidiff_jax.errors import UserError

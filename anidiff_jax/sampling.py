@@ -19,9 +19,9 @@ from anidiff_jax.diffusion.schedule import NoiseSchedule
 from anidiff_jax.diffusion.windows import Context, noise_order
 from anidiff_jax.errors import UserError
 from anidiff_jax.inits import mask_of, picture_of, video_of
-from anidiff_jax.models.vae import AutoencoderKL
+from anidiff_jax.models.vae import AutoencoderKL, encode_frames
 from anidiff_jax.options import Options
-from anidiff_jax.parallel import put_on_devices
+from anidiff_jax.parallel import to_devices
 from anidiff_jax.random import purpose
 from anidiff_jax.weights.base import Model
 from anidiff_jax.weights.tree import Tree
@@ -131,7 +131,7 @@ def sample(
     done() is called after every step.
     """
     several = len(seeds) > 1
-    place = put_on_devices if several else jax.device_put
+    place = to_devices if several else jax.device_put
     every = lambda x: jnp.broadcast_to(x, (len(seeds), *x.shape))
     first = videos = noise
     for again, table in enumerate(plan.tables):
@@ -172,14 +172,8 @@ def alike(shapes: Sequence[tuple[int, ...]], devices: int) -> list[list[int]]:
 
 @partial(jax.jit, static_argnums=0)
 def encode(vae: AutoencoderKL, params: Tree, frames):
-    """uint8 (f, H, W, 3) → latents (f, h, w, c): the means of the VAE's posterior, scaled; some frames at a time."""
-
-    def mean(frame):
-        posterior: Any = vae.apply({"params": params}, frame[None] / 127.5 - 1, method="encode")
-        return posterior.mean[0]
-
-    means = jax.lax.map(mean, frames, batch_size=max(1, PIXELS_AT_ONCE // (frames.shape[1] * frames.shape[2])))
-    return (means - vae.config.shift_factor) * vae.config.scaling_factor
+    """uint8 (f, H, W, 3) → latents (f, h, w, c): the means of the VAE's posterior, scaled."""
+    return (encode_frames(vae, params, frames).mean - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 @partial(jax.jit, static_argnums=0)

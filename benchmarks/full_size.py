@@ -4,8 +4,12 @@ Written once to benchmarks/.work/sd15 in diffusers layout (6.1 GB). No norm is o
 compute can be compared.
 """
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -100,3 +104,10 @@ def inputs(shape: Shape, batch: int = 1, texts: int = 1) -> tuple[np.ndarray, np
 def draws() -> Path:
     """Where our side of a training step writes the timesteps and noise that it drew."""
     return WORK / "draws.npz"
+
+
+def training_cases(train: Callable) -> dict[str, Callable[[Shape], Any]]:
+    """train(shape, kind, remat, batch) as a case for each of lora and full, with and without gradient checkpointing, one clip and four."""
+    name = lambda kind, remat, batch: f"train_{kind}{'_checkpointing' if remat else ''}{f'_{batch}' if batch > 1 else ''}"
+    kinds = itertools.product(("lora", "full"), (True, False), (1, 4))
+    return {name(kind, remat, batch): partial(train, kind=kind, remat=remat, batch=batch) for kind, remat, batch in kinds}

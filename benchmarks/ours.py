@@ -1,6 +1,5 @@
 """anidiff-jax's side of the benchmarks: each case prepares something, and gives a function to time that returns what it computed."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from anidiff_jax.sampling import decode, encode
 from anidiff_jax.training import setup
 from anidiff_jax.training.state import TrainState, make_optimizer
 from anidiff_jax.training.step import denoising_loss, make_update
-from benchmarks.full_size import MODEL, Shape, draws, inputs
+from benchmarks.full_size import MODEL, Shape, draws, inputs, training_cases
 
 Run = Callable[[], Any]
 
@@ -191,9 +190,4 @@ CASES: dict[str, Callable[[Shape], tuple[Run, float]]] = {
     "vae_decode": vae_decode,
     "sample_25": sample_25,
     "sample_4": sample_4,
-} | {
-    f"train_{kind}{'_checkpointing' if remat else ''}{f'_{batch}' if batch > 1 else ''}": (
-        lambda shape, kind=kind, remat=remat, batch=batch: train(shape, kind, remat, batch)
-    )
-    for kind, remat, batch in itertools.product(("lora", "full"), (True, False), (1, 4))
-}
+} | training_cases(train)

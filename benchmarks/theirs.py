@@ -1,6 +1,5 @@
 """PyTorch diffusers' side of the benchmarks, at its best: scaled dot product attention, channels_last, on GPUs torch.compile too."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from diffusers import AnimateDiffPipeline, AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
 
-from benchmarks.full_size import MODEL, Shape, draws, inputs
+from benchmarks.full_size import MODEL, Shape, draws, inputs, training_cases
 
 Run = Callable[[], Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,9 +176,4 @@ CASES: dict[str, Callable[[Shape], Run]] = {
     "vae_decode": vae_decode,
     "sample_25": sample_25,
     "sample_4": sample_4,
-} | {
-    f"train_{kind}{'_checkpointing' if remat else ''}{f'_{batch}' if batch > 1 else ''}": (
-        lambda shape, kind=kind, remat=remat, batch=batch: train(shape, kind, remat, batch)
-    )
-    for kind, remat, batch in itertools.product(("lora", "full"), (True, False), (1, 4))
-}
+} | training_cases(train)

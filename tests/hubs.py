@@ -48,6 +48,25 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def send_file(self, path: str, content: bytes, headers: dict[str, str]) -> None:
+        """A file, or the part of it that is asked for."""
+        asked = self.headers["Range"] or ""
+        start = int(asked.removeprefix("bytes=").split("-")[0] or 0)
+        data = content[start:]
+        self.send_response(206 if asked else 200)
+        part = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if asked else {}
+        for header, value in {**headers, "Content-Length": str(len(data)), **part}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.server.fetched.append(path)
+            self.server.ranges.append(asked)
+            cut, self.server.cut = self.server.cut, None
+            self.wfile.write(data[:cut])
+            if cut is not None:
+                self.close_connection = True
+                self.connection.shutdown(2)
+
     def log_message(self, *arguments):
         pass
 
@@ -73,27 +92,8 @@ class HuggingFace(Handler):
         if verb == "revision":
             files = [{"rfilename": path} for path in there]
             return self.answer(200, {"id": f"{owner}/{name}", "sha": self.COMMIT, "siblings": files, "private": False, "tags": []})
-        data, asked = there[path], self.headers["Range"] or ""
-        whole, start = len(data), int(asked.removeprefix("bytes=").split("-")[0] or 0)
-        data = data[start:]
-        self.send_response(206 if asked else 200)
-        for header, value in {
-            "X-Repo-Commit": self.COMMIT,
-            "ETag": f'"{hashlib.sha1(there[path]).hexdigest()}"',
-            "Content-Length": len(data),
-            **({"Content-Range": f"bytes {start}-{whole - 1}/{whole}"} if asked else {}),
-        }.items():
-            self.send_header(header, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.server.fetched.append(path)
-            self.server.ranges.append(asked)
-            cut, self.server.cut = self.server.cut, None
-            self.wfile.write(data[:cut])
-            if cut is not None:
-                self.close_connection = True
-                self.connection.shutdown(2)
-        return None
+        etag = hashlib.sha1(there[path]).hexdigest()
+        return self.send_file(path, there[path], {"X-Repo-Commit": self.COMMIT, "ETag": f'"{etag}"'})
 
     def do_POST(self):
         body = self.body()
@@ -130,10 +130,9 @@ class ModelScope(Handler):
             listed = [{"Path": p, "Type": "blob", "Size": len(x), "Sha256": hashlib.sha256(x).hexdigest()} for p, x in files.items()]
             folders = [{"Path": p, "Type": "tree", "Size": 0} for p in {path.rpartition("/")[0] for path in files} if p]
             return self.answer(200, {"Data": {"Files": folders + listed}})
-        self.server.fetched.append(asked["FilePath"])
         if asked["FilePath"] in self.server.lost:
             return self.answer(404, {"Message": f"{asked['FilePath']} is gone"})
-        return self.answer(200, files[asked["FilePath"]])
+        return self.send_file(asked["FilePath"], files[asked["FilePath"]], {})
 
     def do_POST(self):
         body = self.body()

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from anidiff_jax.arguments import parse, sections
-from anidiff_jax.config import EMBEDDED_DEFAULTS, EMBEDDED_PROMPTS, PRESETS, PROMPTS, SampleConfig, TrainConfig
+from anidiff_jax.config import EMBEDDED_PROMPTS, PROMPTS, SampleConfig, TrainConfig
+from anidiff_jax.defaults import EMBEDDED_DEFAULTS, PRESETS
 from anidiff_jax.diffusion import solvers
 from anidiff_jax.errors import UserError
 from tests.conftest import words_of

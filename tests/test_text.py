@@ -111,7 +111,7 @@ def test_weights_act_in_their_chunk_and_never_tear(states):
         (r"\(q\) a: b", [("(q) a: b", 1)]),
         ("(unclosed", [("(unclosed", 1)]),
         ("a ) ] b", [("a ) ] b", 1)]),
-        ("([a)]", [("([a)]", None)]),
+        ("([a)]", [("(", 1), ("a)", 1 / 1.1)]),
         ("(w: 0)", [("w", 0)]),
         ("(w:-0.5)", [("w", -0.5)]),
         ("(a: b)", [("a: b", 1.1)]),
@@ -120,9 +120,6 @@ def test_weights_act_in_their_chunk_and_never_tear(states):
 )
 def test_how_weights_are_written(text, parts):
     found = weighted(text)
-    if parts[0][1] is None:  # any, as long as no letter is lost
-        assert "a" in "".join(part for part, _ in found)
-        return
     assert [part for part, _ in found] == [part for part, _ in parts]
     np.testing.assert_allclose([weight for _, weight in found], [weight for _, weight in parts])
 

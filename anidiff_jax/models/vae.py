@@ -65,6 +65,9 @@ def vae_config(raw: Mapping[str, Any], where: str = "vae/config.json") -> VAECon
     )
 
 
+FRAMES_AT_ONCE = 4  # of the VAE's encoder, which needs far more memory a frame than the UNet
+
+
 class Posterior(NamedTuple):
     """Diagonal Gaussian over latents (n, h, w, c), before the scaling factor."""
 
@@ -190,3 +193,12 @@ class AutoencoderKL(nn.Module):
     def __call__(self, images):
         """Encodes and decodes, so that `init` meets every parameter."""
         return self.decode(self.encode(images).mean)
+
+
+def encode_frames(vae: AutoencoderKL, params: Mapping[str, Any], frames) -> Posterior:
+    """uint8 (n, H, W, 3) → Posterior of (n, h, w, c), a few frames at a time."""
+
+    def encode(frame):
+        return jax.tree.map(lambda x: x[0], vae.apply({"params": params}, frame[None] / 127.5 - 1, method="encode"))
+
+    return jax.lax.map(encode, frames, batch_size=min(FRAMES_AT_ONCE, len(frames)))

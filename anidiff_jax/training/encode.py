@@ -22,10 +22,10 @@ from anidiff_jax.data.cache import NO_TEXT, SHARD, LatentCache, shard_name, shar
 from anidiff_jax.data.decode import BadVideo, read_whole
 from anidiff_jax.data.records import Records
 from anidiff_jax.errors import UserError
+from anidiff_jax.models.vae import FRAMES_AT_ONCE, encode_frames
 from anidiff_jax.parallel import is_main, on_each_device, replicate, wait_for_all
 from anidiff_jax.pipeline import AnimateDiffPipeline
 from anidiff_jax.text import encode_text
-from anidiff_jax.training.step import FRAMES_AT_ONCE, encode_frames
 from anidiff_jax.weights import files
 from anidiff_jax.weights.hashes import hash_of
 

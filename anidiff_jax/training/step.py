@@ -12,13 +12,11 @@ import optax
 from anidiff_jax.diffusion.schedule import NoiseSchedule, add_noise, loss_weight, target
 from anidiff_jax.lora import scaled
 from anidiff_jax.models.networks import Networks
-from anidiff_jax.models.vae import AutoencoderKL, Posterior
+from anidiff_jax.models.vae import Posterior, encode_frames
 from anidiff_jax.parallel import AXIS
 from anidiff_jax.random import purpose
 from anidiff_jax.training.state import TrainState
 from anidiff_jax.weights.tree import Tree, merge
-
-FRAMES_AT_ONCE = 4  # of the VAE's encoder, which needs far more memory a frame than the UNet
 
 
 @dataclass(frozen=True)
@@ -49,15 +47,6 @@ class Task:
             return {"params": merge(frozen, trained)}
         lora = jax.tree.map(lambda x: x.astype(self.lora_dtype), trained)
         return {"params": frozen, "lora": scaled(lora, self.lora_scale)}
-
-
-def encode_frames(vae: AutoencoderKL, params: Tree, frames) -> Posterior:
-    """uint8 (n, H, W, 3) → Posterior of (n, h, w, c), a few frames at a time."""
-
-    def encode(frame):
-        return jax.tree.map(lambda x: x[0], vae.apply({"params": params}, frame[None] / 127.5 - 1, method="encode"))
-
-    return jax.lax.map(encode, frames, batch_size=min(FRAMES_AT_ONCE, len(frames)))
 
 
 def encode_clips(task: Task, frozen: dict[str, Tree], pixels, keys):

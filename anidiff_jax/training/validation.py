@@ -11,10 +11,11 @@ from anidiff_jax.config import TrainConfig
 from anidiff_jax.data.loader import Clips, Videos
 from anidiff_jax.data.records import Records
 from anidiff_jax.diffusion.schedule import add_noise, target
+from anidiff_jax.models.vae import encode_frames
 from anidiff_jax.parallel import on_each_device
 from anidiff_jax.pipeline import AnimateDiffPipeline
 from anidiff_jax.text import encode_text
-from anidiff_jax.training.step import Task, draw_latents, encode_frames
+from anidiff_jax.training.step import Task, draw_latents
 from anidiff_jax.weights.tree import Tree
 
 BUCKETS = 5

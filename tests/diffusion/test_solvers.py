@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from anidiff_jax.config import PRESETS, SampleConfig
+from anidiff_jax.config import SampleConfig
+from anidiff_jax.defaults import PRESETS
 from anidiff_jax.diffusion import rows, solvers
 from anidiff_jax.diffusion.schedule import NoiseSchedule
 from anidiff_jax.errors import UserError

@@ -12,11 +12,11 @@ from anidiff_jax.data.decode import BadVideo
 from anidiff_jax.data.loader import Clips, Videos, batches
 from anidiff_jax.data.records import read_records
 from anidiff_jax.errors import UserError
+from anidiff_jax.models.vae import encode_frames
 from anidiff_jax.pipeline import AnimateDiffPipeline
 from anidiff_jax.shapes.clips import write_clips
 from anidiff_jax.text import encode_text
 from anidiff_jax.training import encode, setup
-from anidiff_jax.training.step import encode_frames
 from tests.reference import close
 
 
