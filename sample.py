@@ -15,7 +15,6 @@ Every argument: python sample.py --help.
 import itertools
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from anidiff_jax import grid, interactive, outputs
@@ -29,6 +28,7 @@ def main() -> None:
     config = parse(SampleConfig)
     prompts = [] if config.eval_human else [config.prompt] if config.prompt is not None else config.prompts()
 
+    from anidiff_jax.loading import load
     from anidiff_jax.parallel import set_up_jax
     from anidiff_jax.training.report import start_log
 
@@ -111,51 +111,6 @@ def together(configs: list[SampleConfig], most: int) -> list[list[int]]:
         members += members[-1:] * (-len(members) % most if len(members) > most else 0)
         groups += [members[i : i + most] for i in range(0, len(members), most)]
     return sorted(groups)
-
-
-def load(config: SampleConfig):
-    """The pipeline that the arguments describe: base, adapter, and what was trained; merged first where that is asked."""
-    import jax
-
-    from anidiff_jax.pipeline import AnimateDiffPipeline
-    from anidiff_jax.sampling import check_size, most_frames
-    from anidiff_jax.training.checkpoint import kind_of
-    from anidiff_jax.weights.merge import write_merged_adapter
-
-    trained: dict[str, Any] = {}
-    if config.ckpt_dir is not None:
-        kind = kind_of(Path(config.ckpt_dir).expanduser())  # lora, motion_adapter or unet: the pipeline's name for it
-        if (kind == "lora") != (config.sft_type == "lora"):
-            held, other = ("a LoRA", "lora") if kind == "lora" else ("no LoRA", "full")
-            raise UserError(f"ckpt_dir {config.ckpt_dir} holds {held}: give --sft_type {other}")
-        trained = {kind: Path(config.ckpt_dir).expanduser()}
-    pipeline = AnimateDiffPipeline.from_pretrained(
-        config.model_id_or_path,
-        **{"motion_adapter": config.motion_adapter_id_or_path} | trained,
-        dtype=config.dtype if config.dtype != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16",
-        model_revision=config.model_revision,
-        motion_adapter_revision=config.motion_adapter_revision,
-        hub=config.hub,
-        motion_num_attention_heads=config.said("motion_num_attention_heads"),
-        motion_max_seq_length=config.said("motion_max_seq_length"),
-        attention=config.attention,
-        vae=config.vae_path,
-        text_encoder=config.text_encoder_path,
-        motion_norm=config.motion_norm,
-        spatial_norm=config.spatial_norm,
-        motion_scale=config.motion_scale,
-        **config.noise_arguments(),
-    )
-    check_size(pipeline.model, config.sample_n_frames, config.height, config.width, windows=True)
-    config.context.window(config.sample_n_frames, pipeline.defaults["sample_n_frames"], most_frames(pipeline.model))
-    if config.merge_lora:
-        adapter, revision = config.motion_adapter_id_or_path, config.motion_adapter_revision
-        if config.from_json is None:  # else the folder was written then
-            print(write_merged_adapter(adapter, revision, trained["lora"], config.replace_if_exists, config.hub), flush=True)
-        pipeline.merge_lora()
-    for path, scale in config.loras():
-        pipeline.load_lora(path, scale, config.hub)
-    return pipeline
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def main() -> None:
     config = parse(TrainConfig)
 
     from anidiff_jax.parallel import data_parallel, is_main, join_cluster, on_one_device, replicate, set_up_jax, split_batch, to_devices
-    from anidiff_jax.training.report import Report, start_log
+    from anidiff_jax.training.report import Report, save_data_report, start_log
 
     set_up_jax(config.ddp_backend, config.deterministic)
     join_cluster(config.coordinator_address, config.num_processes, config.process_id)
@@ -88,6 +88,8 @@ def main() -> None:
     log.info("%d updates of %d clips: %d devices × batch %d × %d micro-batches", updates, per_update, devices, config.batch_size,
              config.gradient_accumulation_steps)  # fmt: skip
 
+    tell_data = lambda: save_data_report(run, clips, len(held_out or ()), updates, per_update)
+
     def examine(step: int) -> None:
         """What tells how it goes: the loss on clips that never train, and videos."""
         here, weights = on_one_device(state), on_one_device(frozen)
@@ -95,9 +97,12 @@ def main() -> None:
         lora = here.best if config.sft_type == "lora" else None
         unet = weights["unet"] if lora else merge(weights["unet"], here.best)
         now = pipeline.with_weights({**weights, "unet": unet}, lora, task.lora_scale or 1.0)
+        tell_data()
         report.scores(step, {**losses, **save_samples(now, prompts, config, run / "samples" / f"iter-{step}")})
 
     hub = Hub(config, len(records))
+    if is_main():
+        tell_data()
     if checkpoint is None and is_main():
         save_sanity_check(batch, records, pipeline, on_one_device(frozen)["vae"], run / "sanity_check")
     with Report(run, config, updates, per_update, done) as report, Checkpoints(run, model, config, hub) as checkpoints, Stop() as stop:

@@ -85,7 +85,7 @@ def _as_rgb(page: Image.Image) -> np.ndarray:
     page = ImageOps.exif_transpose(page)
     if page.mode.startswith("I"):
         grey = np.asarray(page, np.float32)
-        page = Image.fromarray(np.uint8(np.clip(grey / (257 if grey.max() > 255 else 1), 0, 255).round()))
+        page = Image.fromarray(np.clip(grey / (257 if grey.max() > 255 else 1), 0, 255).round().astype(np.uint8))
     if page.has_transparency_data:
         clear = page.convert("RGBA")
         page = Image.alpha_composite(Image.new("RGBA", clear.size, (0, 0, 0, 255)), clear)

@@ -44,8 +44,9 @@ class Options:
     context_schedule: Literal["uniform", "static"] = arg("uniform", "windows move from step to step, so that no seam stays; or stay")
     context_batch: int = arg(1, "windows that are computed at once: more is faster on a GPU, and takes more memory")
     closed_loop: bool = arg(False, "windows go on from the last frame to the first, so that the video is a loop without a seam")
-    free_noise: Literal["shuffle", "repeat", "none"] = arg(
-        "shuffle", "noise of the frames after the first window: that of earlier frames in another order, the same again, or their own"
+    free_noise: Literal["shuffle", "repeat", "mirror", "none"] = arg(
+        "shuffle",
+        "noise of the frames after the first window: the first's in another order, again, back and forth, or their own",
     )
     free_init_iterations: int = arg(0, "FreeInit: sample so many times, each from the low frequencies of the last video; 3, say; 0 = once")
     free_init_filter: Literal["butterworth", "gaussian", "ideal", "box"] = arg("butterworth", "what FreeInit keeps of the last video")

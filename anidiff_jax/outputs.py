@@ -14,7 +14,7 @@ from PIL import Image
 
 from anidiff_jax.config import SampleConfig
 from anidiff_jax.errors import UserError, read_text
-from anidiff_jax.sheets import contact_sheet, grid_gif, grid_png
+from anidiff_jax.sheets import contact_sheet, grid_gif, grid_png, side_by_side
 from anidiff_jax.video import (
     ASCII,
     EXIF_IFD,
@@ -113,12 +113,17 @@ def save_video(frames, config: SampleConfig, record: Mapping[str, Any]) -> list[
     return _save(config, name, record, {SUFFIXES[kind]: write[kind] for kind in config.formats})
 
 
-def save_grid(videos, labels: Sequence[str], columns: int, name: str, config: SampleConfig, record: Mapping[str, Any]) -> list[Path]:
-    """Writes videos of one shape side by side, moving as a GIF and still as a PNG, and the record beside; returns the two paths."""
+def save_grid(videos, labels: Sequence[str], columns: int | None, name: str, config: SampleConfig, record: Mapping[str, Any]) -> list[Path]:
+    """Writes videos of one shape side by side, moving as a GIF (and an MP4 where that is asked for) and still as a PNG, and the record
+    beside; returns the paths."""
     how = {"dither": config.gif_dither, "plays": config.gif_loop}
-    gif = lambda path: grid_gif(videos, path, config.fps, columns, labels, record, replace=False, **how)
-    png = lambda path: grid_png(videos, path, columns, labels, record, replace=False)
-    return _save(config, name, record, {".gif": gif, ".png": png})
+    write: dict[str, Callable[[Path], None]] = {
+        ".gif": lambda path: grid_gif(videos, path, config.fps, columns, labels, record, replace=False, **how),
+        ".png": lambda path: grid_png(videos, path, columns, labels, record, replace=False),
+    }
+    if "mp4" in config.formats:
+        write[".mp4"] = lambda path: save_mp4(side_by_side(videos, columns, labels), path, config.fps, record, crf=config.mp4_crf)
+    return _save(config, name, record, write)
 
 
 def _save(config: SampleConfig, name: str, record: Mapping[str, Any], write: Mapping[str, Callable[[Path], None]]) -> list[Path]:

@@ -37,15 +37,7 @@ def text_states(
     As many tokens as the longest text of a video needs, in chunks of the text encoder's length. clip_skip is for prompts only, as in
     diffusers.
     """
-    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-
-    @cache
-    def tokens(text: str) -> tuple[np.ndarray, np.ndarray]:
-        with TOKENIZER_LOCK:
-            parts = [
-                (list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]), weight) for part, weight in weighted(text)
-            ]
-        return chunks(parts, network.config.max_length, *marks)
+    tokens = cache(partial(tokens_of, tokenizer, network.config.max_length))
 
     @cache
     def states(text: str, count: int, skip: int = 0) -> np.ndarray:
@@ -56,7 +48,7 @@ def text_states(
 
     made = []
     for i, prompt in enumerate(prompts):
-        travel = {frame: ", ".join(filter(None, (asked.prompt_head, text, asked.prompt_tail))) for frame, text in travel_of(prompt).items()}
+        travel = whole_texts(prompt, asked)
         count = max(len(tokens(text)[0]) for text in [*travel.values(), *([negatives[i]] if negatives else [])])
         keys = [states(text, count, asked.clip_skip) for text in travel.values()]
         positive = keys[0]
@@ -66,6 +58,18 @@ def text_states(
         negative = [np.broadcast_to(states(negatives[i], count), positive.shape)] if negatives else []
         made.append(np.stack([*negative, positive]))
     return made
+
+
+def whole_texts(prompt: Prompt, asked: Options) -> dict[int, str]:
+    """Frame → the text from there on, with what stands before and after every prompt."""
+    return {frame: ", ".join(filter(None, (asked.prompt_head, text, asked.prompt_tail))) for frame, text in travel_of(prompt).items()}
+
+
+def tokens_of(tokenizer: Any, length: int, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of a text, and their weights, (chunks, length) each."""
+    with TOKENIZER_LOCK:
+        parts = [(list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]), weight) for part, weight in weighted(text)]
+    return chunks(parts, length, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def chunks(parts: Sequence[tuple[list[int], float]], length: int, begin: int, end: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,6 @@ from anidiff_jax.diffusion import solvers
 from anidiff_jax.diffusion.guidance import Guidance
 from anidiff_jax.models.flops import count_flops
 from anidiff_jax.models.layers import Settings
-from anidiff_jax.models.networks import Networks
 from anidiff_jax.models.unet import UNet
 from anidiff_jax.parallel import data_parallel, replicate, set_up_jax, to_devices
 from anidiff_jax.random import purpose
@@ -163,7 +162,7 @@ def train_flops(task, trained, frozen, x, text) -> int:
     """What an update needs: forward and backward, without what gradient checkpointing repeats."""
     from dataclasses import replace
 
-    plain = replace(task, networks=Networks(_unet(), task.networks.vae, task.networks.text_encoder))
+    plain = replace(task, networks=replace(task.networks, unet=_unet()))
     keys = jax.ShapeDtypeStruct((len(x),), jax.random.key(0).dtype)
     loss = lambda trained, unet, keys: denoising_loss(trained, {"unet": unet}, plain, jnp.asarray(x), jnp.asarray(text), keys)
     return count_flops(jax.grad(loss), trained, frozen["unet"], keys)

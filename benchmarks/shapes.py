@@ -180,8 +180,13 @@ def solvers() -> dict:
 def long() -> dict:
     """64 frames in windows of 8, judged 8 at a time, against videos of 8 of the same prompts; and what memory 64 and 512 frames take."""
     few = ("--videos", 12, *FEWEST_STEPS)
-    short = evaluate("long-8", *few)
-    result = {"8 frames": short, "64 frames in windows, 8 at a time": evaluate("long-64", *few, "--sample_n_frames", 64, "--part", 8)}
+    parts, apart = (*few, "--sample_n_frames", 64, "--part", 8), ("--context_schedule", "static", "--context_overlap", 0)
+    result = {
+        "8 frames": evaluate("long-8", *few),
+        "64 frames in windows, 8 at a time": evaluate("long-64", *parts),
+        "the same, free_noise mirror": evaluate("long-mirror", *parts, "--free_noise", "mirror"),
+        "the same, windows static and apart": evaluate("long-apart", *parts, "--free_noise", "mirror", *apart),
+    }
     for frames in (64, 512):
         words = ["sample.py", "--prompt", "a red circle moving right on a white background", "--verbose", "--output_path", WORK / "long"]
         words += ["--sample_n_frames", frames, "--num_inference_steps", 4]

@@ -213,6 +213,7 @@ def test_noise_is_shuffled_as_in_diffusers(base, adapter, monkeypatch, frames, s
 def test_repeated_noise_repeats():
     """diffusers 0.42 compares the length with a word, draws noise for all frames, and so repeats nothing."""
     assert noise_order("repeat", 7, 3, 1, None).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert noise_order("mirror", 8, 3, 1, None).tolist() == [0, 1, 2, 2, 1, 0, 0, 1]
 
 
 def test_memory_grows_with_the_latents_only(pipe):

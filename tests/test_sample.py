@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageSequence
 
 import sample
-from anidiff_jax import interactive
+from anidiff_jax import interactive, loading
 from anidiff_jax.arguments import parse
 from anidiff_jax.config import PROMPTS, SampleConfig
 from anidiff_jax.errors import UserError
@@ -44,7 +44,7 @@ CLIP = ["--sample_size", "16", "--sample_n_frames", "3"]
 def load(base, adapter):
     """load(word, …) → the pipeline for those words on the command line"""
     models = ["--model_id_or_path", base, "--motion_adapter_id_or_path", adapter]
-    return lambda *words: sample.load(parse(SampleConfig, [str(word) for word in (*models, *CLIP, *words)]))
+    return lambda *words: loading.load(parse(SampleConfig, [str(word) for word in (*models, *CLIP, *words)]))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_what_is_asked_for_and_what_the_file_says(asked, base, tmp_path):
 def test_a_grid_over_prompts_that_travel_and_masks(asked, load, tmp_path, monkeypatch):
     """Each value is checked with the other arguments, not by itself."""
     pipeline = load()
-    monkeypatch.setattr(sample, "load", lambda _: pipeline)
+    monkeypatch.setattr(loading, "load", lambda _: pipeline)
     words = [*CLIP, "--sample_n_frames", 20]
     calls, printed = asked(*words, "--grid", 'prompt={0: "a", 16: "b"}|c')
     assert [call["prompt"] for call in calls] == ['{0: "a", 16: "b"}', "c"]
@@ -151,7 +151,7 @@ def test_a_grid_over_prompts_that_travel_and_masks(asked, load, tmp_path, monkey
 
 def test_prompts(asked, load, tmp_path, monkeypatch):
     pipeline = load()
-    monkeypatch.setattr(sample, "load", lambda _: pipeline)
+    monkeypatch.setattr(loading, "load", lambda _: pipeline)
     prompts = lambda *words, **more: [call["prompt"] for call in asked("--model_id_or_path", "a/model", *CLIP, *words, **more)[0]]
     assert prompts() == PROMPTS.read_text().splitlines()
     file = tmp_path / "prompts.txt"
@@ -165,7 +165,7 @@ def test_prompts(asked, load, tmp_path, monkeypatch):
 def test_a_conversation(asked, load, lora, monkeypatch, capsys):
     """What is typed between prompts changes what follows; a mistake is told and changes nothing."""
     pipeline = load()
-    monkeypatch.setattr(sample, "load", lambda _: pipeline)
+    monkeypatch.setattr(loading, "load", lambda _: pipeline)
     said = f"""a star
 /seed 7
 /steps 3
@@ -452,7 +452,7 @@ def noted(load, tmp_path):
 def again(*words):
     """The pipeline for those words, as sample.py checks it."""
     config = parse(SampleConfig, [str(word) for word in words])
-    pipeline = sample.load(config)
+    pipeline = loading.load(config)
     check_models(config, record_of(config, pipeline))
     return pipeline
 
@@ -497,7 +497,7 @@ def test_other_weights_are_refused(noted, lora, adapter, base, tmp_path, caplog)
 
 def test_a_grid(asked, load, tmp_path, monkeypatch):
     pipeline = load()
-    monkeypatch.setattr(sample, "load", lambda _: pipeline)
+    monkeypatch.setattr(loading, "load", lambda _: pipeline)
     calls, printed = asked("--prompt", "a star", *CLIP, "--grid", "seed=1,2,3", "guidance_scale=4,8.5", "--negative_prompt", "x")
     assert [(call["guidance_scale"], call["seed"]) for call in calls] == [(g, seed) for g in (4, 8.5) for seed in (1, 2, 3)]
     assert {call["negative_prompt"] for call in calls} == {"x"}

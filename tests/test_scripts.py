@@ -98,7 +98,7 @@ def test_the_four_commands(script, base, adapter, clips, tmp_path):
     checkpoint = Path(printed[-1])
     assert checkpoint.name == "iter-2"
     run = checkpoint.parent.parent
-    left = {"config.json", "metrics.jsonl", "sanity_check", "samples", "checkpoints", "curves.png", "report.md", "tensorboard"}
+    left = {"config.json", "data.json", "metrics.jsonl", "sanity_check", "samples", "checkpoints", "curves.png", "report.md", "tensorboard"}
     assert {p.name for p in run.iterdir()} == left
     assert "| an update |" in (run / "report.md").read_text()
     assert "samples/iter-2/sheet.png" in (run / "report.md").read_text()

@@ -14,7 +14,7 @@ import numpy as np
 from anidiff_jax.errors import UserError
 
 SCHEDULES = ("uniform", "static")
-FREE_NOISE = ("shuffle", "repeat", "none")
+FREE_NOISE = ("shuffle", "repeat", "mirror", "none")
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,15 @@ def over_windows(ask: Callable, x, text, starts, length: int, at_once: int):
 def noise_order(kind: str, num_frames: int, window: int, stride: int, permuted: Callable[[int, int], np.ndarray]) -> np.ndarray:
     """(num_frames,) which frame of a window's noise each frame starts from (FreeNoise, sec. 3.2).
 
-    shuffle: a window's own, and then, a stride at a time, those of a window before in another order; repeat: again and again the same.
+    shuffle: a window's own, and then, a stride at a time, those of a window before in another order; repeat: again and again the same;
+    mirror: forwards and backwards by turns, so that neighbours across a seam start alike and what moves comes back (not in the paper).
     permuted(frame, n) → 0 … n - 1 in the order for the frames that begin there.
     """
     if kind == "repeat":
         return np.arange(num_frames) % window
+    if kind == "mirror":
+        place = np.arange(num_frames) % (2 * window)
+        return np.minimum(place, 2 * window - 1 - place)
     order = np.arange(num_frames)
     for i in range(window, num_frames, stride):
         order[i : i + stride] = order[i - window : i - window + stride][permuted(i, stride)][: num_frames - i]

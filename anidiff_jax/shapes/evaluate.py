@@ -25,6 +25,7 @@ from anidiff_jax.shapes.render import HELD_OUT_WORDINGS, THINGS, Scene
 from anidiff_jax.shapes.scores import judge, read
 
 log = logging.getLogger(__name__)
+SETTINGS = ("num_inference_steps", "guidance_scale", "scheduler", "context_overlap", "context_schedule", "free_noise")
 STILL = ("color", "background", "thing", "front")
 
 
@@ -93,6 +94,9 @@ def main() -> None:
     parser.add_argument(
         "--part", type=int, help="judge parts of so many frames, each by itself: a long video leaves the picture and comes back"
     )
+    parser.add_argument("--context_overlap", type=int, help="of long videos")
+    parser.add_argument("--context_schedule", default="uniform", help="of long videos")
+    parser.add_argument("--free_noise", default="shuffle", help="of long videos")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -104,7 +108,7 @@ def main() -> None:
     start = time.perf_counter()
     pipeline = load(args)
     asked = prompts(args.videos, things=args.things)
-    settings = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "scheduler")}
+    settings = {name: getattr(args, name) for name in SETTINGS}
     videos, result = evaluate(pipeline, asked, args.seed, num_frames=args.sample_n_frames, height=64, width=64, **settings)
     if args.part:
         parts = [video[i : i + args.part] for video in videos for i in range(0, args.sample_n_frames, args.part)]

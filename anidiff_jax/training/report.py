@@ -13,8 +13,10 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from anidiff_jax.config import TrainConfig
+from anidiff_jax.data.loader import Clips
 from anidiff_jax.parallel import is_main
-from anidiff_jax.training.runs import LOG, read_log
+from anidiff_jax.training.runs import DATA, LOG, read_log
+from anidiff_jax.weights.files import save_json
 
 console = Console(stderr=True)
 log = logging.getLogger(__name__)
@@ -92,6 +94,13 @@ class Report:
             self.write({"step": step, **{name: round(value, 5) for name, value in scores.items()}})
             log.info("update %d: %s", step, ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items()))
         self.clock = time.perf_counter()
+
+
+def save_data_report(run: Path, clips: Clips, held_out: int, updates: int, clips_per_update: int) -> None:
+    """data.json: how much a run trains on and how long, and which videos could not be used until now, and why."""
+    skipped = {clips.records.names[row]: why for row, why in sorted(clips.skipped.items())}
+    counts = {"clips": len(clips.records), "held_out": held_out, "updates": updates, "clips_per_update": clips_per_update}
+    save_json({**counts, "skipped": skipped}, run / DATA)
 
 
 def start_wandb(run: Path, config: TrainConfig):

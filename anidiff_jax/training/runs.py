@@ -11,7 +11,7 @@ from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights import files
 
-LOG = "metrics.jsonl"
+LOG, DATA = "metrics.jsonl", "data.json"
 
 
 def run_folder(config: TrainConfig, checkpoint: Path | None) -> Path:
@@ -52,6 +52,16 @@ def read_log(run: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             entries.append(json.loads(line))
     return entries
+
+
+def data_of(run: Path) -> list[str]:
+    """What a run's data.json says, in lines of Markdown; none where there is none."""
+    if not (run / DATA).exists():
+        return []
+    data = files.read_json(run / DATA)
+    counts = f"{data['clips']} clips, {data['held_out']} held out for validation; {data['clips_per_update']} an update."
+    named = [f"- `{name}`: {why}" for name, why in list(data["skipped"].items())[:50]]
+    return [counts, "", f"{len(data['skipped'])} videos could not be used{':' if named else '.'}", "", *named]
 
 
 def write_log(run: Path, entries: list[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from anidiff_jax.config import TrainConfig
 from anidiff_jax.models.flops import count_flops
 from anidiff_jax.models.unet import UNet
 from anidiff_jax.progress import peak_memory
-from anidiff_jax.training.runs import best_of, read_log
+from anidiff_jax.training.runs import best_of, data_of, read_log
 from anidiff_jax.training.step import Task, denoising_loss
 from anidiff_jax.weights.tree import Tree
 
@@ -58,6 +58,8 @@ def write_report(run: Path, config: TrainConfig, cost: dict[str, Any]) -> Path:
     draw_curves(entries, run / "curves.png")
     lines = [f"# {run.name}", "", "![loss and scores against updates](curves.png)", "", "## Cost", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in cost.items()]
+    if data := data_of(run):
+        lines += ["", "## Data", "", *data]
     if best := best_of(run):
         lines += ["", f"Lowest validation loss: {best['validation_loss']:.5f} at update {best['step']}."]
     lines += ["", "## Samples", ""]

@@ -1,0 +1,1 @@
+"""The studio: a page to make, compare and watch videos, and to convert files (`studio.py`)."""
