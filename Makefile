@@ -1,11 +1,14 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check
 
-.PHONY: demo test soak evaluate bench check clean
+.PHONY: demo studio test soak evaluate bench check clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/core  ## clips, a LoRA, a GIF, the merged adapter: the whole line in minutes
 	.venv/bin/python -m anidiff_jax.shapes.demo --output demo
+
+studio: .venv/studio  ## a page to make, compare and watch videos, on the embedded model
+	.venv/bin/python studio.py
 
 test: .venv/test  ## parity with PyTorch, and everything else
 	.venv/bin/python -m pytest
@@ -27,6 +30,10 @@ check: .venv/dev  ## style and types
 .venv/core: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet --editable .
+	touch $@
+
+.venv/studio: pyproject.toml | .venv/core
+	$(PIP) install --quiet --editable '.[studio]'
 	touch $@
 
 .venv/test: pyproject.toml tests/constraints.txt | .venv/core

@@ -97,12 +97,12 @@ class Maker:
             most = self.settings.max_videos
             raise UserError(f"{len(cells)} videos are more than this studio compares at once ({most}): take fewer values")
         with self._job(session, progress) as job:
-            videos = []
+            videos, record = [], dict[str, Any]()
             for i, (_, cell) in enumerate(cells):
                 part = lambda share, text, i=i: progress((i + share) / len(cells), f"video {i + 1} of {len(cells)}: {text}")
                 videos.append(self._video(cell, job, part))
-            said = [f"{name}={text}" for name, text in (columns, rows) if name]
-            record = outputs.record_of(config, self._pipeline(config)) | {"grid": said}
+                record = record or outputs.record_of(cell, self._pipeline(cell))  # of the first
+            record["grid"] = [f"{name}={text}" for name, text in (columns, rows) if name]
             across = len(axes[0]) if len(axes) == 2 or len(axes[0]) <= grid.IN_A_ROW else None
             name = f"compared-{'-'.join(name for name, _ in (columns, rows) if name)}"
             labels = ["\n".join(labels) for labels, _ in cells]
@@ -121,18 +121,19 @@ class Maker:
         """What has to happen before the first step: what is wrong, what is loaded, what is compiled; in a line."""
         try:
             config = self.config(asked)
-            if self.pipeline is None or self._loaded != _loading(config):
-                return "Loads the model first" + (", and compiles." if self.pipeline is None else ", and may compile.")
-            self._check(config)
-            pipeline = self.pipeline
-            if any(key not in self._loras for key in map(_lora_key, config.loras())):
+            pipeline, loaded, there, compiled = self.pipeline, self._loaded, dict(self._loras), list(self.compiled)  # a job may change them
+            if pipeline is None or loaded != _loading(config):
+                return "Loads the model first" + (", and compiles." if pipeline is None else ", and may compile.")
+            _check(pipeline, config)
+            loras = [(there.get(_lora_key(lora)), lora[1]) for lora in config.loras()]
+            if any(lora is None for lora, _ in loras):
                 return "Loads a LoRA first, and compiles."
-            own = aspects(pipeline, config, [(self._loras[_lora_key(lora)], lora[1]) for lora in config.loras()])
+            own = aspects(pipeline, config, [(lora, scale) for lora, scale in loras if lora is not None])
         except UserError as error:
             return f"⚠ {error}"
-        if own in self.compiled:
+        if own in compiled:
             return "Ready: nothing has to be compiled."
-        nearest = min(self.compiled, key=lambda other: sum(own[name] != other[name] for name in own), default=dict.fromkeys(own))
+        nearest = min(compiled, key=lambda other: sum(own[name] != other[name] for name in own), default=dict.fromkeys(own))
         return f"Compiles first, since this differs from what was made before: {', '.join(n for n in own if own[n] != nearest[n])}."
 
     @contextmanager
@@ -160,7 +161,7 @@ class Maker:
         job.go_on()
         progress(0.0, "loading")
         pipeline = self._pipeline(config)
-        self._check(config)
+        _check(pipeline, config)
         own = aspects(pipeline, config, pipeline.loras)
         progress(0.0, "first step" if own in self.compiled else "compiling, first step")
         ends: list[float] = []
@@ -193,11 +194,6 @@ class Maker:
                 self._loras[key] = pipeline.loras[0][0]
         pipeline.loras = [(self._loras[key], scale) for key, (_, scale) in wanted]
         return pipeline
-
-    def _check(self, config: SampleConfig) -> None:
-        assert self.pipeline is not None
-        check_size(self.pipeline.model, config.sample_n_frames, config.height, config.width, windows=True)
-        config.context.window(config.sample_n_frames, self.pipeline.defaults["sample_n_frames"], most_frames(self.pipeline.model))
 
     def _axis(self, config: SampleConfig, asked: Mapping[str, Any], name: str, text: str, run: str | None) -> list[Cell]:
         """(label, changed arguments) of each value."""
@@ -268,6 +264,12 @@ def aspects(pipeline: AnimateDiffPipeline, config: SampleConfig, loras: list[tup
 
 def _loading(config: SampleConfig) -> tuple:
     return tuple(getattr(config, name) for name in LOADED)
+
+
+def _check(pipeline: AnimateDiffPipeline, config: SampleConfig) -> None:
+    """A UserError for a size that the model cannot make."""
+    check_size(pipeline.model, config.sample_n_frames, config.height, config.width, windows=True)
+    config.context.window(config.sample_n_frames, pipeline.defaults["sample_n_frames"], most_frames(pipeline.model))
 
 
 def _lora_key(lora: tuple[str, float]) -> tuple[str, int]:
