@@ -10,6 +10,8 @@ Only files below the folders that are given can be read. docs/studio.md says how
 import argparse
 import importlib.util
 import os
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -36,6 +38,7 @@ def main() -> None:
         for folder in (settings.output_path, settings.runs):
             folder.mkdir(parents=True, exist_ok=True)
         maker = Maker(settings, Library(settings.folders))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of uploads goes then too
         launch(build(settings, maker), settings)
 
 

@@ -6,7 +6,7 @@
     python train.py run.yaml --max_steps 1000
     python train.py --resume_from_checkpoint output/ad-…                   # go on where it ended
 
-Every argument: python train.py --help. A run leaves <output_dir>/ad-<time>/{config,data}.json, metrics.jsonl, sanity_check/, samples/, checkpoints/.
+Every argument: python train.py --help. A run leaves <output_dir>/ad-<time>/: its settings, log, samples, checkpoints.
 """
 
 import logging

@@ -33,10 +33,10 @@ def travel_of(prompt: Prompt) -> dict[int, str]:
     texts: dict[int, str] = {}
     for frame, text in prompt.items():
         if isinstance(frame, bool) or not str(frame).strip().isdecimal() or not isinstance(text, str):
-            raise UserError(f'prompt {prompt} does not say a text for each frame: write {{0: "a calm sea", 16: "a storm"}}')
+            raise UserError(f'prompt {str(prompt)[:200]} does not say a text for each frame: write {{0: "a calm sea", 16: "a storm"}}')
         texts[int(frame)] = text
     if 0 not in texts:
-        raise UserError(f"prompt {prompt} must begin at frame 0")
+        raise UserError(f"prompt {str(prompt)[:200]} must begin at frame 0")
     return dict(sorted(texts.items()))
 
 
@@ -73,11 +73,13 @@ def _mapping_in(text: str) -> Mapping[Any, Any] | None:
         import yaml
 
         try:
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+                raise ValueError("it repeats a part of itself")
             found = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"prompt {text} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"prompt {text[:200]} cannot be read: {' '.join(str(error).split())[:200]}") from None
         if not isinstance(found, dict):
-            raise UserError(f'prompt {text} cannot be read: write {{0: "a calm sea", 16: "a storm"}}')
+            raise UserError(f'prompt {text[:200]} cannot be read: write {{0: "a calm sea", 16: "a storm"}}')
         return found
     lines = [re.fullmatch(NUMBERED, line.strip()) for line in text.splitlines()]
     if lines and lines[0] and int(lines[0][1]) == 0 and all(lines):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from anidiff_jax.errors import UserError
 from anidiff_jax.models.attention import attend
 from anidiff_jax.models.config import understood
-from anidiff_jax.models.layers import DECLARED, Dense, LayerNorm, Settings
+from anidiff_jax.models.layers import Dense, LayerNorm, Settings, parameter
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -62,7 +62,7 @@ class Table(nn.Module):
 
     @nn.compact
     def __call__(self, ids):
-        return self.param("weight", DECLARED, (self.rows, self.width))[ids]
+        return parameter(self, "weight", (self.rows, self.width))[ids]
 
 
 class Embeddings(nn.Module):

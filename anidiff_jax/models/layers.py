@@ -45,7 +45,15 @@ class Settings:
         return nn.remat(module) if self.remat else module
 
 
-DECLARED = nn.initializers.zeros  # modules declare shapes; `init.draw` says what fresh parameters are
+def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
+    """A parameter of this shape. Modules declare shapes only; `init.draw` says what fresh parameters are.
+
+    Flax's own `param` draws keys and traces an initializer for each, which takes seconds of every start.
+    """
+    value: Any = module.variable("params", name, jnp.zeros, shape).value
+    if value.shape != shape:
+        raise ValueError(f"{'.'.join(module.path)}.{name} should have the shape {shape}, and has {value.shape}")
+    return value
 
 
 ROWS_AT_ONCE = 1024  # of the feed-forward on a CPU, so that its eightfold width stays in the cache
@@ -64,11 +72,11 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x):
         s, dtype = self.settings, jnp.dtype(self.settings.dtype)
-        weight = self.param("weight", DECLARED, (x.shape[-1], self.features))
+        weight = parameter(self, "weight", (x.shape[-1], self.features))
         x = x.astype(dtype)
         y = jnp.matmul(x, weight.astype(dtype), precision=s.precision)
         if self.use_bias:
-            y = y + self.param("bias", DECLARED, (self.features,)).astype(dtype)
+            y = y + parameter(self, "bias", (self.features,)).astype(dtype)
         if self.has_variable("lora", "lora_A"):
             down: Any = self.get_variable("lora", "lora_A")
             up: Any = self.get_variable("lora", "lora_B")
@@ -96,8 +104,8 @@ class Conv(nn.Module):
     def __call__(self, x):
         dtype = jnp.dtype(self.settings.dtype)
         side = (self.kernel - 1) // 2
-        weight = self.param("weight", DECLARED, (self.kernel, self.kernel, x.shape[-1], self.features))
-        bias = self.param("bias", DECLARED, (self.features,))
+        weight = parameter(self, "weight", (self.kernel, self.kernel, x.shape[-1], self.features))
+        bias = parameter(self, "bias", (self.features,))
         padding = self.padding or ((side, side), (side, side))
         frames = x.reshape(-1, *x.shape[-3:]).astype(dtype)  # ... h w c -> (...) h w c
         y = convolve(frames, weight.astype(dtype), self.stride, padding, self.settings.precision)
@@ -123,8 +131,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         channels = x.shape[-1]
-        weight = self.param("weight", DECLARED, (channels,)).astype(jnp.float32)
-        bias = self.param("bias", DECLARED, (channels,)).astype(jnp.float32)
+        weight = parameter(self, "weight", (channels,)).astype(jnp.float32)
+        bias = parameter(self, "bias", (channels,)).astype(jnp.float32)
         axes = (-4, -3, -2) if self.over_frames else (-3, -2)
 
         def over_group(per_channel):  # (..., c): mean over the channels of each group, for each channel
@@ -146,8 +154,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        weight = self.param("weight", DECLARED, (x.shape[-1],)).astype(jnp.float32)
-        bias = self.param("bias", DECLARED, (x.shape[-1],)).astype(jnp.float32)
+        weight = parameter(self, "weight", (x.shape[-1],)).astype(jnp.float32)
+        bias = parameter(self, "bias", (x.shape[-1],)).astype(jnp.float32)
         x32 = x.astype(jnp.float32)
         mean = x32.mean(-1, keepdims=True)
         variance = jnp.square(x32 - mean).mean(-1, keepdims=True)

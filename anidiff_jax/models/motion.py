@@ -7,7 +7,7 @@ so that what is drawn moves. Its last projection starts at zero: at first the ne
 import flax.linen as nn
 import jax.numpy as jnp
 
-from anidiff_jax.models.layers import DECLARED, Attention, Dense, FeedForward, GroupNorm, LayerNorm, Settings
+from anidiff_jax.models.layers import Attention, Dense, FeedForward, GroupNorm, LayerNorm, Settings, parameter
 
 
 def sinusoid(length: int, channels: int):
@@ -25,7 +25,7 @@ class PositionTable(nn.Module):
     def __call__(self, frames: int, channels: int):
         if frames > self.max_frames:
             raise ValueError(f"{frames} frames, but the motion modules know positions up to {self.max_frames} only")
-        table = self.param("pe", DECLARED, (1, self.max_frames, channels))
+        table = parameter(self, "pe", (1, self.max_frames, channels))
         return table[:, :frames]
 
 

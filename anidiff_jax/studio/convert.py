@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 from anidiff_jax.errors import UserError
@@ -38,7 +39,8 @@ def describe(path: str) -> tuple[str, list[str]]:
 
 def export(path: str, target: str, dtype: str | None, folder: Path, base: str | None = None, adapter: str | None = None) -> Path:
     """Writes it as the target into the folder, under a name of its own → the file, or a zip of the folder."""
-    kind = recognise(Path(path)).kind
+    found = recognise(Path(path))
+    kind = found.kind
     if target not in TARGETS.get(kind, {}):
         raise UserError(f"a {kind} becomes {' or '.join(TARGETS.get(kind, {})) or 'nothing else'} here, not {target}")
     script, words, suffix = TARGETS[kind][target]
@@ -47,6 +49,7 @@ def export(path: str, target: str, dtype: str | None, folder: Path, base: str | 
     output = folder / f"{free_name(folder, stem, [suffix, '.zip'])}{suffix}"
     words = ["--input", path, *words, "--output", str(output), *(["--dtype", dtype] if dtype else [])]
     if script == "export_lora":
+        words += [] if dtype else ["--dtype", _dtype_of(found)]
         words += ["--model_id_or_path", base] if base else []
         words += ["--motion_adapter_id_or_path", adapter] if adapter else []
     _run(script, words)
@@ -54,6 +57,12 @@ def export(path: str, target: str, dtype: str | None, folder: Path, base: str | 
         return output
     part = shutil.make_archive(str(folder / f".{output.name}"), "zip", folder, output.name)
     return Path(part).replace(folder / f"{output.name}.zip")
+
+
+def _dtype_of(found: kinds.Kind) -> str:
+    """The type that most tensors have, of those that files are written in."""
+    counts = Counter(tensor.dtype for tensor in found.tensors.values() if tensor.dtype in ("float32", "float16", "bfloat16"))
+    return counts.most_common(1)[0][0] if counts else "float32"
 
 
 def _run(script: str, words: list[str]) -> str:

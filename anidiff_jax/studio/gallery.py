@@ -84,10 +84,12 @@ def _thumbnail_of(record: Path) -> Path:
 def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the page's fields must say to make a video again. UserError where it was made in a way that the page has no fields for."""
     said = arguments_in(record)
-    elsewhere = [name for name in ("ckpt_dir", "init_video", "init_image", "mask_video", "merge_lora") if said.get(name)]
-    if elsewhere:
-        raise UserError(f"this video was made with {', '.join(elsewhere)}, which the page does not take: use sample.py --from_json")
     config = SampleConfig()
+    taken = {*NOT_FOR_THE_PAGE, *MORE, "sample_stride", "output_path", "dtype"}  # dtype: the studio's own
+    elsewhere = [name for name, value in said.items() if name not in taken and value not in (getattr(config, name), None, [])]
+    elsewhere += ["grid"] if record.get("grid") else []
+    if elsewhere:
+        raise UserError(f"this video was made with {', '.join(elsewhere)}, which these fields do not say: use sample.py --from_json")
     loras = [given if ":" in given else f"{given}:1.0" for given in said.get("lora") or []]
     if len(loras) > LORAS:
         raise UserError(f"this video was made with {len(loras)} LoRAs, and the page takes {LORAS}: use sample.py --from_json")
@@ -110,7 +112,8 @@ def more_of(said: Mapping[str, Any]) -> str:
     plain = {f.name: f.default for f in fields(SampleConfig)} | {"prediction_type": own or "epsilon"}
     others = {name: said[name] for name in MORE if name in said and said[name] != plain[name] and said[name] is not None}
     written = {True: "true", False: "false"}
-    return " ".join(f"--{name} {shlex.quote(written[value] if isinstance(value, bool) else str(value))}" for name, value in others.items())
+    words = {name: written[value] if isinstance(value, bool) else str(value) for name, value in others.items()}
+    return " ".join(shlex.quote(f"--{name}={word}") for name, word in words.items())
 
 
 def _time(path: Path) -> float:

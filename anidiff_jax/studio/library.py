@@ -38,12 +38,16 @@ class Library:
         if given is None or given.strip() in ("", NONE, EMBEDDED):
             return None
         given = given.strip()
-        path = Path(given).expanduser()
-        if any(path.resolve().is_relative_to(folder) for folder in self.folders):
-            if not path.exists():
+        try:
+            path = Path(given).expanduser()
+            below, exists = any(path.resolve().is_relative_to(folder) for folder in self.folders), path.exists()
+        except (OSError, RuntimeError, ValueError):  # too long, nobody's home, no path
+            raise UserError(f"{what} {given[:200]!r} is no path") from None
+        if below:
+            if not exists:
                 raise UserError(f"{what} {given} is not there any more: choose another")
             return given
-        if not HUB_ID.fullmatch(given) or ".." in given or path.exists():
+        if not HUB_ID.fullmatch(given) or ".." in given or exists:
             raise UserError(f"{what} {given} is not below the folders of the studio: start it with --models FOLDER, or give a hub id")
         return given
 
@@ -70,7 +74,7 @@ class Library:
             try:
                 found = recognise(path)
                 self._seen[key] = found.kind if found.supported else None
-            except UserError:
+            except (UserError, OSError):
                 self._seen[key] = None
         return self._seen[key]
 

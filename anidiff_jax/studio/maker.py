@@ -1,10 +1,12 @@
 """The studio's one worker: the model that is loaded, the programs that are compiled, and videos made one job after the other."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,27 @@ import numpy as np
 
 from anidiff_jax import grid, outputs
 from anidiff_jax.config import SampleConfig, path_and_scale
+from anidiff_jax.denoising import step_of
 from anidiff_jax.diffusion.schedule import NoiseSchedule
 from anidiff_jax.errors import UserError
 from anidiff_jax.loading import load
 from anidiff_jax.pipeline import AnimateDiffPipeline
 from anidiff_jax.sampling import check_size, most_frames, plan_of, tables_of
 from anidiff_jax.sheets import side_by_side
-from anidiff_jax.studio.asked import config_of
+from anidiff_jax.studio.asked import check_length, check_limits, config_of
 from anidiff_jax.studio.gallery import write_thumbnail
 from anidiff_jax.studio.library import Library
 from anidiff_jax.studio.runs import duration
 from anidiff_jax.studio.settings import Settings
 from anidiff_jax.text import tokens_of, whole_texts
 from anidiff_jax.training.runs import steps_in
+from anidiff_jax.video import to_uint8
 from anidiff_jax.weights.loras import Lora, file_of
 from anidiff_jax.weights.tree import flatten
 
 Progress = Callable[[float, str], None]
-Cell = tuple[str, dict[str, Any]]  # what stands above a video, and the arguments that differ for it
+Cell = tuple[str, Callable[[SampleConfig], SampleConfig]]  # what stands above a video, and what differs for it
+PROGRAMS = 32  # that are kept; with the next one all are let go of
 AXES = ("seed", "scheduler", "guidance_scale", "num_inference_steps", "lora_scale_1", "checkpoint", "prompt")
 # Arguments of which another value is another pipeline.
 LOADED = ("model_id_or_path", "motion_adapter_id_or_path", "motion_norm", "spatial_norm", "motion_scale", *NoiseSchedule.names())
@@ -89,10 +94,12 @@ class Maker:
             raise UserError(f"columns and rows are both {columns[0]}: choose two that differ, or one")
         if not axes:
             raise UserError("there is nothing to compare: choose what differs from column to column")
-        cells = [
-            ([label for label, _ in cell], config.but(**{k: v for _, changes in cell for k, v in changes.items()}))
-            for cell in ([(a, b) for b in axes[1] for a in axes[0]] if len(axes) == 2 else [(a,) for a in axes[0]])
-        ]
+        cells = []
+        for row in axes[1] if len(axes) == 2 else [("", lambda cell: cell)]:
+            for column in axes[0]:
+                cell = row[1](column[1](config))
+                check_limits(cell, self.settings)
+                cells.append((f"{column[0]}\n{row[0]}".strip(), cell))
         if len(cells) > self.settings.max_videos:
             most = self.settings.max_videos
             raise UserError(f"{len(cells)} videos are more than this studio compares at once ({most}): take fewer values")
@@ -100,12 +107,12 @@ class Maker:
             videos, record = [], dict[str, Any]()
             for i, (_, cell) in enumerate(cells):
                 part = lambda share, text, i=i: progress((i + share) / len(cells), f"video {i + 1} of {len(cells)}: {text}")
-                videos.append(self._video(cell, job, part))
+                videos.append(to_uint8(self._video(cell, job, part)))
                 record = record or outputs.record_of(cell, self._pipeline(cell))  # of the first
             record["grid"] = [f"{name}={text}" for name, text in (columns, rows) if name]
             across = len(axes[0]) if len(axes) == 2 or len(axes[0]) <= grid.IN_A_ROW else None
             name = f"compared-{'-'.join(name for name, _ in (columns, rows) if name)}"
-            labels = ["\n".join(labels) for labels, _ in cells]
+            labels = [label for label, _ in cells]
             return _shown(outputs.save_grid(videos, labels, across, name, config, record), side_by_side(videos, across), config)
 
     def cancel(self, session: str) -> bool:
@@ -163,6 +170,8 @@ class Maker:
         pipeline = self._pipeline(config)
         _check(pipeline, config)
         own = aspects(pipeline, config, pipeline.loras)
+        if own not in self.compiled and len(self.compiled) >= PROGRAMS:
+            self._forget()
         progress(0.0, "first step" if own in self.compiled else "compiling, first step")
         ends: list[float] = []
 
@@ -178,10 +187,17 @@ class Maker:
             self.compiled.append(own)
         return video
 
+    def _forget(self) -> None:
+        """Lets go of all compiled programs; those on disk stay."""
+        self.compiled = []
+        step_of.cache_clear()
+        jax.clear_caches()
+
     def _pipeline(self, config: SampleConfig) -> AnimateDiffPipeline:
         """The one for these arguments; only one model is in memory at a time."""
         if self.pipeline is None or self._loaded != _loading(config):
-            self.pipeline, self._loras, self.compiled = None, {}, []  # before the other one is read
+            self.pipeline, self._loras = None, {}  # before the other one is read
+            self._forget()
             self.pipeline = load(config.but(lora=[]))
             self._loaded = _loading(config)
         pipeline = self.pipeline
@@ -202,17 +218,15 @@ class Maker:
         if name == "checkpoint":
             return self._checkpoints(config, text, run)
         if name == "lora_scale_1":
-            if not config.lora:
-                raise UserError("there is no LoRA whose scale could differ: choose one on the Make tab")
-            scales = [config_of({**asked, name: _number(word)}, self.settings, self.library) for word in text.split(",")]
-            return [(f"LoRA scale {path_and_scale(cell.lora[0])[1]:g}", {"lora": cell.lora}) for cell in scales]
+            if self.library.permitted(asked["lora_1"], "LoRA") is None:
+                raise UserError("there is no LoRA 1 whose scale could differ: choose one on the Make tab")
+            path = path_and_scale(config.lora[0])[0]
+            scaled = lambda scale, cell: cell.but(lora=[f"{path}:{scale}", *cell.lora[1:]])
+            return [(f"LoRA scale {scale:g}", partial(scaled, scale)) for scale in map(_number, text.split(","))]
+        check_length(text, name)
         axis = grid.axes_of(config.but(grid=[f"{name}={text}"]), [])[0]
         label = lambda value: grid.label(config.but(**{axis.name: value}), [axis])
-        cells = [(label(value), {axis.name: value}) for value in axis.values]
-        for _, changes in cells:
-            if changes.get("num_inference_steps", 1) > self.settings.max_steps:
-                raise UserError(f"{changes['num_inference_steps']} steps are more than this studio makes ({self.settings.max_steps})")
-        return cells
+        return [(label(value), partial(SampleConfig.but, **{axis.name: value})) for value in axis.values]
 
     def _checkpoints(self, config: SampleConfig, text: str, run: str | None) -> list[Cell]:
         from anidiff_jax.training.checkpoint import kind_of
@@ -226,13 +240,14 @@ class Maker:
             raise UserError(f"{run} has no checkpoint of update {missing[0]}; it has {', '.join(map(str, there)) or 'none'}")
         if not chosen:
             raise UserError(f"{run} has no checkpoint yet")
-        cells = []
+        cells: list[Cell] = []
         for path in (folder / f"iter-{step}" for step in chosen):
             kind = kind_of(path)
             if kind == "unet":
                 raise UserError(f"{path} is a UNet that trained as a whole: use sample.py --sft_type full --ckpt_dir")
-            changes = {"lora": [f"{path}:1.0", *config.lora]} if kind == "lora" else {"motion_adapter_id_or_path": str(path)}
-            cells.append((f"update {path.name[5:]}", changes))
+            adapted = lambda path, cell: cell.but(lora=[*cell.lora, f"{path}:1.0"])
+            replaced = lambda path, cell: cell.but(motion_adapter_id_or_path=str(path))
+            cells.append((f"update {path.name[5:]}", partial(adapted if kind == "lora" else replaced, path)))
         return cells
 
 
@@ -287,6 +302,8 @@ def _shown(paths: list[Path], video, config: SampleConfig) -> Path:
 
 def _number(word: str) -> float:
     try:
-        return float(word)
+        if math.isfinite(number := float(word)):
+            return number
+        raise ValueError
     except ValueError:
         raise UserError(f"{word.strip()!r} is not a number") from None

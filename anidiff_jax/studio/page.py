@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +17,9 @@ from anidiff_jax.studio.library import EMBEDDED, NONE, Library
 from anidiff_jax.studio.maker import AXES, Maker, Stopped
 from anidiff_jax.studio.runs import Run, changed, runs_in
 from anidiff_jax.studio.settings import LORAS, Settings
+from anidiff_jax.training.runs import LOG
 from anidiff_jax.weights import kinds
+from anidiff_jax.weights.base import EMBEDDED as EMBEDDED_MODEL
 
 CSS = """
 video, .grid-wrap img, .preview img {image-rendering: pixelated}
@@ -61,7 +63,7 @@ def build(settings: Settings, maker: Maker) -> gr.Blocks:
         with gr.Tab("Watch", id="watch"):
             watch_tab(settings, maker.library)
         with gr.Tab("Convert", id="convert"):
-            convert_tab(settings, maker.library)
+            convert_tab(settings, maker.library, fields)
         page.unload(leave)
     return page.queue(default_concurrency_limit=4)
 
@@ -258,7 +260,7 @@ def watch_tab(settings: Settings, library: Library) -> None:
             x="update", y="value", color="which", title="Validation loss", color_title="bucket of timesteps", height=260, min_width=300
         )
         scores = gr.LinePlot(x="update", y="value", color="which", title="Scores of the samples", height=260, min_width=300)
-    at = gr.Slider(0, 1, 0, step=1, label="Samples of examination", visible=False, elem_id="at")
+    at = gr.Slider(1, 2, 1, step=1, label="Samples", visible=False, elem_id="at")
     samples = gr.Gallery(label="Samples", elem_id="samples", **PICTURES)
     with gr.Accordion("Data", open=False):
         data = gr.Markdown()
@@ -268,54 +270,57 @@ def watch_tab(settings: Settings, library: Library) -> None:
             cost = gr.Dataframe(headers=["what", "how much"], interactive=False, show_label=False)
         with gr.Accordion("Settings", open=False):
             table = gr.Dataframe(headers=["argument", "value", ""], interactive=False, show_label=False)
-    seen = gr.State(("", 0.0))
+    seen = gr.State(("", 0.0, 0))  # the run that is shown, its last change, and how many updates were sampled
     outputs = [status, loss, validation, scores, at, samples, data, clips, cost, table, seen]
 
-    def read(folder: str | None) -> Run | None:
-        permitted = told(lambda: library.permitted(folder, "run"))
-        return Run(Path(permitted)) if permitted and (Path(permitted) / "metrics.jsonl").exists() else None
+    def read(folder: str | None) -> Run:
+        """UserError where there is no such run."""
+        permitted = library.permitted(folder, "run")
+        if permitted is None:
+            raise UserError("No run yet: train.py makes one.")
+        if not (Path(permitted) / LOG).exists():
+            raise UserError(f"{folder} is no run of training, or not yet")
+        return Run(Path(permitted))
 
-    def look(folder: str | None, now: float, seen: tuple[str, float]):
+    def look(folder: str | None, now: float, seen: tuple[str, float, int]):
         """All of a run, where there is something new in it."""
-        found = read(folder)
-        if found is None:
-            return ["No run yet: train.py makes one.", *[gr.skip()] * 9, ("", 0.0)]
-        mark = (str(found.folder), changed(found.folder))
-        if tuple(seen) == mark:
-            return [found.status(), *[gr.skip()] * 10]
-        steps = found.sampled()
-        new = str(found.folder) != seen[0]
-        slide = gr.Slider(visible=False) if len(steps) < 2 else gr.Slider(
-            minimum=1, maximum=len(steps), value=len(steps) if new or now >= len(steps) - 1 else now, visible=True,
-            label=f"Samples: 1 is update {steps[0]}, {len(steps)} is update {steps[-1]}",
-        )  # fmt: skip
-        return [
-            found.status(), curves(found.losses()), curves(found.validation()), curves(found.scores()), slide,
-            found.samples(steps[-1]) if steps and (new or now >= len(steps) - 1) else gr.skip() if steps else [],
-            found.data_report(), found.seen_clips() if new else gr.skip(), found.cost(), found.settings() if new else gr.skip(), mark,
-        ]  # fmt: skip
+        try:
+            found = read(folder)
+            mark = (str(found.folder), changed(found.folder))
+            if tuple(seen[:2]) == mark:
+                return [found.status(), *[gr.skip()] * 10]
+            steps = found.sampled()
+            new = str(found.folder) != seen[0]
+            number = len(steps) if new or now >= seen[2] else max(1, int(now))  # who stands at the newest goes on with it
+            slider = gr.Slider(minimum=1, maximum=max(2, len(steps)), value=max(1, number), visible=len(steps) > 1)
+            return [
+                found.status(), curves(found.losses()), curves(found.validation()), curves(found.scores()), slider, sampled(found, number),
+                found.data_report(), found.seen_clips() if new else gr.skip(), found.cost(), found.settings() if new else gr.skip(),
+                (*mark, len(steps)),
+            ]  # fmt: skip
+        except UserError as error:  # at every look: no message that pops up
+            return [str(error), *[gr.skip()] * 9, ("", 0.0, 0)]
 
-    def slide(folder: str | None, number: float):
-        found = read(folder)
-        steps = found.sampled() if found else []
-        if not found or not steps:
-            return gr.skip()
+    def sampled(run: Run, number: int) -> gr.Gallery:
+        """The samples of the number-th update that was sampled, from 1."""
+        steps = run.sampled()
+        if not steps:
+            return gr.Gallery(value=[], label="Samples: none yet")
         step = steps[min(max(int(number), 1), len(steps)) - 1]
-        return gr.Gallery(value=found.samples(step), label=f"Samples at update {step}")
+        return gr.Gallery(value=run.samples(step), label=f"Samples at update {step}, {len(steps)} times sampled until update {steps[-1]}")
 
     def report(run: str) -> dict:
-        """status, losses, validation losses and scores of a run, and the updates that were sampled."""
-        found = read(run)
-        if found is None:
-            raise gr.Error(f"{run} is no run")
+        """A run: status, losses, validation, scores, samples by update, cost, data, settings."""
+        found = told(lambda: read(run))
         return {"status": found.status(), "losses": found.losses(), "validation": found.validation(), "scores": found.scores(),
-                "sampled": found.sampled(), "cost": found.cost()}  # fmt: skip
+                "samples": {str(step): [path for path, _ in found.samples(step)] for step in found.sampled()}, "cost": found.cost(),
+                "data": found.data_report(), "settings": found.settings()}  # fmt: skip
 
     timer = gr.Timer(WATCH)
     for event in (timer.tick, run.input, partial(on_load)):
         event(look, [run, at, seen], outputs, queue=False, **HIDDEN)
     timer.tick(lambda now: _runs(settings, now), run, run, queue=False, **HIDDEN)
-    at.input(slide, [run, at], samples, queue=False, **HIDDEN)
+    at.input(lambda folder, number: sampled(told(lambda: read(folder)), number), [run, at], samples, queue=False, **HIDDEN)
 
     def runs() -> list[str]:
         """The runs, newest first."""
@@ -325,9 +330,12 @@ def watch_tab(settings: Settings, library: Library) -> None:
     gr.api(report, api_name="watch", queue=False)
 
 
-def convert_tab(settings: Settings, library: Library) -> None:
+def convert_tab(settings: Settings, library: Library, fields: Fields) -> None:
     """A file: what it is, and what it can become."""
-    gr.Markdown(f"A file of weights, dropped here (at most {settings.max_upload}) or found below the folders of the studio.")
+    gr.Markdown(
+        f"A file of weights, dropped here (at most {settings.max_upload}) or found below the folders of the studio. "
+        "A LoRA with kohya's names is read for the model and adapter of the Make tab."
+    )
     with gr.Row():
         with gr.Column(min_width=300):
             upload = gr.File(label="File", file_types=[".safetensors", ".ckpt", ".pt", ".pth", ".bin"], elem_id="upload")
@@ -350,16 +358,22 @@ def convert_tab(settings: Settings, library: Library) -> None:
         text, targets = told(lambda: convert.describe(source(upload, found)))
         return text, gr.Dropdown(choices=targets, value=targets[0] if targets else None)
 
-    def export(upload: str | None, found: str | None, target: str | None, dtype: str):
+    def export(
+        upload: str | None, found: str | None, target: str | None, dtype: str, model_id_or_path: str, motion_adapter_id_or_path: str
+    ):
         kind = None if dtype == "as it is" else dtype
+        base, adapter = library.permitted(model_id_or_path, "model"), library.permitted(motion_adapter_id_or_path, "motion adapter")
+        if base is None:
+            base, adapter = str(EMBEDDED_MODEL), adapter or str(EMBEDDED_MODEL / "motion_adapter")
         if not target:
-            raise gr.Error("Ask what it is first; then choose what it should become.")
-        return str(told(lambda: convert.export(source(upload, found), target, kind, settings.converted)))
+            raise UserError("ask what it is first; then choose what it should become")
+        return str(convert.export(source(upload, found), target, kind, settings.converted, base, adapter))
 
     one: Any = {"concurrency_id": "disk", "concurrency_limit": 1}
     what.click(describe, [upload, found], [said, target], api_name="describe", **one)
     upload.upload(describe, [upload, found], [said, target], api_visibility="private", **one)
-    go.click(export, [upload, found, target, dtype], result, api_name="export", **one)
+    model, adapter = fields["model_id_or_path"], fields["motion_adapter_id_or_path"]
+    go.click(shown_errors(export), [upload, found, target, dtype, model, adapter], result, api_name="export", **one)
     on_load(lambda: gr.Dropdown(choices=all_of(library)), outputs=found, queue=False, **HIDDEN)
 
 
@@ -371,6 +385,16 @@ def told(work: Callable[[], Any]) -> Any:
         raise gr.Error(str(error), duration=None) from None
     except Stopped:
         raise gr.Error("Cancelled; nothing was written.", duration=5) from None
+
+
+def shown_errors(work: Callable) -> Callable:
+    """The same function; mistakes of the user's are shown on the page."""
+
+    @wraps(work)
+    def function(*args):
+        return told(lambda: work(*args))
+
+    return function
 
 
 def shown_of(record: Path) -> tuple[str, list[str], dict[str, Any]]:
@@ -428,7 +452,7 @@ def some_runs(settings: Settings) -> list[tuple[str, str]]:
 def _runs(settings: Settings, now: str | None):
     """The runs there are, and the newest where none was chosen."""
     there = runs_in(settings.runs)
-    return gr.Dropdown(choices=some_runs(settings)[1:], value=now or (there[0] if there else None))
+    return gr.Dropdown(choices=some_runs(settings)[1:], value=now if now in there else there[0] if there else None)
 
 
 def _nothing(name: str) -> str | None:

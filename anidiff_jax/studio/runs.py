@@ -47,10 +47,17 @@ class Run:
         return " · ".join(words)
 
     def state(self) -> str:
-        if (self.folder / "report.md").exists():
-            return "finished"
         changed = (self.folder / LOG).stat().st_mtime
+        if self.ended:
+            whole = self.data.get("updates")
+            return "finished" if not whole or not self.updates or self.updates[-1]["step"] >= whole else "stopped"
         return "training" if time.time() - changed < QUIET else f"silent for {(time.time() - changed) / 60:.0f} min: stopped, it seems"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the report was written, and nothing after it, as a run does that is gone on with."""
+        report = self.folder / "report.md"
+        return report.exists() and report.stat().st_mtime >= (self.folder / LOG).stat().st_mtime
 
     def _mean_loss(self) -> float:
         return statistics.fmean(entry["loss"] for entry in self.updates[-SMOOTH:])
@@ -105,7 +112,7 @@ class Run:
     def cost(self) -> list[tuple[str, str]]:
         """(what, how much): of a finished run what its report says, else what is known by now."""
         report = self.folder / "report.md"
-        if report.exists():
+        if self.ended:
             part = report.read_text(encoding="utf-8").partition("## Cost")[2].partition("\n## ")[0]
             cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("| ")]
             return [(cell[0], cell[1]) for cell in cells if len(cell) == 2 and cell[0]]

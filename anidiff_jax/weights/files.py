@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from anidiff_jax.errors import UserError, read_text
 from anidiff_jax.weights.hashes import hash_of, spread
-from anidiff_jax.weights.tensors import Tensor, tensors_of, write_tensors
+from anidiff_jax.weights.tensors import Tensor, numpy_type, tensors_of, write_tensors
 from anidiff_jax.weights.tree import Flat, Tree, flatten, unflatten
 
 PICKLED_STEMS = {"model": "pytorch_model"}  # transformers' name of a pickle
@@ -122,7 +122,9 @@ def load(expected: Mapping[str, Any], tensors: dict[str, Tensor], dtype_of, wher
             raise UserError(f"{where}: {key} has shape {list(stored)}, expected {list(shape)}: it does not fit its config.json")
         array = tensors.pop(key).read().reshape(shape)
         seen[f"{key} {array.dtype} {shape}"] = spread(array)
-        params[key] = jnp.asarray(to_ours(key, array), dtype=dtype_of(key) or array.dtype)
+        kind_of = jax.dtypes.canonicalize_dtype(numpy_type(dtype_of(key) or str(array.dtype)))
+        ours = to_ours(key, array).astype(kind_of, copy=False)
+        params[key] = jax.device_put(ours, may_alias=False)  # jnp.asarray would compile a program for every shape
     return unflatten(params), hash_of(seen)[:16]
 
 

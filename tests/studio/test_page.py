@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -105,10 +104,14 @@ def a_run(run: Path, updates: int) -> Report:
         if step % 10 == 0:
             losses = {f"validation_loss_{i}": 0.3 / (i + 1) + 0.1 / step for i in range(3)}
             report.scores(step, {"validation_loss": 0.15 + 0.1 / step, **losses, "motion_degree": 0.02 * step, "temporal_flicker": 0.98})
-            for thing, color in (("circle", "red"), ("star", "blue"), ("fish", "yellow")):
-                scene = Scene(thing, color, "gray", velocity=(0.001 * step, 0.0))
-                save_gif(render(scene, 8, 64), run / "samples" / f"iter-{step}" / f"a-{color}-{thing}-on-a-gray-background-seed5.gif")
+            a_sample(run, step)
     return report
+
+
+def a_sample(run: Path, step: int) -> None:
+    for thing, color in (("circle", "red"), ("star", "blue"), ("fish", "yellow")):
+        video = render(Scene(thing, color, "gray", velocity=(0.001 * step, 0.0)), 8, 64)
+        save_gif(video, run / "samples" / f"iter-{step}" / f"a-{color}-{thing}-on-a-gray-background-seed5.gif")
 
 
 def update(report: Report, step: int, loss: float) -> None:
@@ -167,11 +170,13 @@ def test_ten_clients_at_once_are_served_in_order_and_memory_stays(studio):
 
 def test_a_full_queue_says_so_and_a_cancelled_job_ends(studio):
     clients = [studio.client() for _ in range(QUEUE + 4)]
-    long = {"prompt": "a red circle", "sample_n_frames": 4, "num_inference_steps": 150}
+    long = {"prompt": "a red circle", "sample_n_frames": 16, "num_inference_steps": 150}
     before = set(studio.made.iterdir())
     jobs = [client.submit(**long, seed=i, api_name="/make") for i, client in enumerate(clients)]
     told = []
+    deadline = time.monotonic() + 60
     while sum(job.done() for job in jobs) < 3:  # those for whom there is no place
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     for job, client in zip(jobs[::-1], clients[::-1], strict=True):  # the last first, so that none of them begins
         if not job.done():
@@ -358,17 +363,24 @@ def test_cancel_really_stops(studio, browser):
 
 
 def test_a_run_is_watched_while_it_trains(studio, browser):
-    report = a_run(studio.runs / "ad-20260102-000000", 40)
+    run = studio.runs / "ad-20260102-000000"
+    report = a_run(run, 10)
     with opened(browser, studio) as page:
         page.get_by_role("tab", name="Watch").click()
-        page.get_by_text("Update 20 of 40").wait_for(timeout=20_000)
-        page.wait_for_function("document.querySelectorAll('svg.marks, .vega-embed svg, .vega-embed canvas').length >= 3")
+        page.get_by_text("Update 5 of 10").wait_for(timeout=20_000)
+        for step, count in ((6, 1), (8, 2), (10, 3)):  # samples come while one looks, and the newest is shown
+            a_sample(run, step)
+            update(report, step, 0.11)
+            page.get_by_text(f"Update {step} of 10").wait_for(timeout=20_000)
+            page.get_by_text(f"Samples at update {step}, {count} times").wait_for()
         page.locator("#samples img").first.wait_for()
-        update(report, 21, 0.11)
-        page.get_by_text("Update 21 of 40").wait_for(timeout=20_000)
+        page.wait_for_function("document.querySelectorAll('svg.marks, .vega-embed svg, .vega-embed canvas').length >= 1")
         slider = page.locator("#at input[type=range]")
-        slider.fill("1")
-        page.get_by_text("Samples at update 10").wait_for()
+        slider.fill("2")
+        page.get_by_text("Samples at update 8").wait_for()
+        update(report, 11, 0.11)
+        page.get_by_text("Update 11 of 10").wait_for(timeout=20_000)
+        assert page.get_by_text("Samples at update 8").is_visible()  # who chose an earlier one keeps it
         page.get_by_role("button", name="Data").click()
         page.get_by_text("videos could not be used").wait_for()
     report.file.close()
@@ -416,8 +428,10 @@ def test_each_tab_fits_the_screen(studio, browser, tmp_path, name, width, height
 def test_two_people_have_their_own_jobs(studio):
     """One's cancel leaves the other's job alone."""
     one, other = studio.client(), studio.client()
-    job = one.submit(prompt="a red circle", sample_n_frames=4, num_inference_steps=40, seed=5, api_name="/make")
-    done = threading.Event()
-    job.add_done_callback(lambda _: done.set())
-    other.predict(api_name="/cancel")
+    job = one.submit(prompt="a red circle", sample_n_frames=4, num_inference_steps=100, seed=5, api_name="/make")
+    deadline = time.monotonic() + 60
+    while not (progress := job.status().progress_data) or "step" not in str(progress[-1].desc):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "Nothing of yours" in other.predict(api_name="/cancel")
     assert job.result(timeout=60)[2]["seed"] == 5

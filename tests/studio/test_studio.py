@@ -1,6 +1,7 @@
 """What stands behind the page: which files may be read, what fields become, what is compiled anew, what a run shows. No browser here."""
 
 import json
+import os
 import shutil
 import sys
 import threading
@@ -139,6 +140,14 @@ def test_weights_are_found_by_what_they_are(library, settings, base, adapter, ma
         ({"more": "--init_video /etc/passwd"}, "--init_video has no place here"),
         ({"more": "--lora=x"}, "--lora has no place here"),
         ({"more": "run.yaml"}, "must be arguments"),
+        ({"more": "--eta 0 -h"}, "-h has no place here"),
+        ({"more": "--help"}, "--help has no place here"),
+        ({"more": "--pag_layers (a+)+b"}, "--pag_layers has no place here"),
+        ({"more": "--num_train_timesteps 3000000000"}, "has no place here"),
+        ({"prompt": "x" * 20_001}, "prompt is longer than 20000"),
+        ({"prompt": "{0: &a [x,x], 1: [*a,*a]}"}, "it repeats a part of itself"),
+        ({"prompt": "{0: " + "[" * 5000}, "cannot be read"),
+        ({"prompt": "{0: 2026-99-99}"}, "cannot be read"),
         ({"more": "--pag_scale 'x"}, "cannot be read"),
         ({"more": "--pag_scale x"}, "invalid float"),
         ({"lora_1": "/etc/passwd"}, "is not below"),
@@ -147,18 +156,20 @@ def test_weights_are_found_by_what_they_are(library, settings, base, adapter, ma
 )
 def test_what_cannot_be_made_is_told_in_a_line(settings, library, maker, changed, message):
     asked = {**ASKED, **changed}
+    before = set(maker.settings.output_path.glob("*"))
     check = lambda: maker.make(asked if config_of(asked, settings, library) else {}, "first", quiet)  # sizes only the model knows
     with pytest.raises(UserError, match=message) as told:
         check()
     assert "\n" not in str(told.value)
-    assert not list(settings.output_path.iterdir())
+    assert len(str(told.value)) < 500
+    assert set(maker.settings.output_path.glob("*")) == before
 
 
 def test_fields_that_are_loaded_from_a_video_make_it_again(maker):
     lora = a_lora(maker, "again")
     asked = {
         **ASKED, "prompt": "0: a red circle\n1: a (blue:1.2) star", "negative_prompt": "grey -x", "lora_2": str(lora), "lora_scale_2": -0.5,
-        "closed_loop": True, "scheduler": "euler", "output_format": ["gif"], "more": "--prompt_tail 'on white' --guidance_rescale 0.5",
+        "closed_loop": True, "scheduler": "euler", "output_format": ["gif"], "more": "--prompt_tail='--on white' --guidance_rescale=0.5",
         "fps": 6.5,
     }  # fmt: skip
     record = maker.make(asked, "one", quiet)
@@ -183,8 +194,19 @@ def test_the_gallery_passes_over_what_it_cannot_read(tmp_path):
     (tmp_path / "other.json").write_text('{"prompt": "x", "seed": 1}')  # without a video
     assert gallery.entries(tmp_path) == []
     assert gallery.entries(tmp_path / "none") == []
-    with pytest.raises(UserError, match="made with init_video"):
-        gallery.fields_of({"prompt": "x", "seed": 1, "init_video": "a.mp4"})
+    for name, value in (
+        ("init_video", "a.mp4"),
+        ("vae_path", "vae"),
+        ("pag_layers", "x"),
+        ("grid", ["seed=1,2"]),
+        ("motion_norm", "joint"),
+    ):
+        asked = {"prompt": "x", "seed": 1, "height": 64, "width": 64, name: value}
+        if name == "motion_norm":  # as it is by default
+            assert gallery.fields_of(asked)["more"] == ""
+            continue
+        with pytest.raises(UserError, match=f"made with {name}"):
+            gallery.fields_of(asked)
 
 
 # What is compiled anew
@@ -290,7 +312,7 @@ def test_comparing_makes_one_video_of_all(maker, columns, rows, count):
     assert abs(video.shape[2] - across * 34) <= 2
 
 
-def test_checkpoints_of_a_run_are_compared(maker):
+def test_checkpoints_of_a_run_are_compared(maker, monkeypatch):
     run = maker.settings.runs / "ad-1"
     lora = a_lora(maker, "trained")
     for step in (2, 10):
@@ -298,6 +320,12 @@ def test_checkpoints_of_a_run_are_compared(maker):
         (run / "checkpoints" / f"iter-{step}").symlink_to(lora)
     labels = [label for label, _ in maker._axis(maker.config(ASKED), ASKED, "checkpoint", "", str(run))]
     assert labels == ["update 2", "update 10"]
+    asked, made = {**ASKED, "lora_1": str(lora)}, []
+    with monkeypatch.context() as patch:
+        patch.setattr(maker, "_video", lambda config, job, progress: made.append(config.loras()) or np.zeros((2, 32, 32, 3)))
+        maker.compare(asked, ("checkpoint", "2,10"), ("lora_scale_1", "0.5,1"), str(run), "one", quiet)
+    trained = [(str(run / "checkpoints" / f"iter-{step}"), 1.0) for step in (2, 10)]
+    assert made == [[(str(lora), scale), checkpoint] for scale in (0.5, 1.0) for checkpoint in trained]
     record = maker.compare(ASKED, ("checkpoint", "10"), ("seed", "1,2"), str(run), "one", quiet)
     assert gallery.entry_of(record)
 
@@ -309,14 +337,17 @@ def test_checkpoints_of_a_run_are_compared(maker):
         (("seed", "1,2,3,4,5"), ("", ""), None, "5 videos are more than this studio compares at once"),
         (("seed", "1,x"), ("", ""), None, "invalid int value"),
         (("seed", "1"), ("seed", "2"), None, "both seed"),
-        (("lora_scale_1", "1"), ("", ""), None, "there is no LoRA"),
+        (("lora_scale_1", "1"), ("", ""), None, "there is no LoRA 1"),
+        (("guidance_scale", "nan"), ("", ""), None, "is not a number to compute with"),
+        (("checkpoint", "nan"), ("", ""), "runs", "is not a number"),
         (("checkpoint", ""), ("", ""), None, "choose the run"),
         (("checkpoint", ""), ("", ""), "/etc", "not below"),
-        (("num_inference_steps", "5,999"), ("", ""), None, "999 steps are more"),
+        (("num_inference_steps", "5,999"), ("", ""), None, "steps 999 is more"),
         (("", ""), ("", ""), None, "nothing to compare"),
     ],
 )
 def test_what_cannot_be_compared_is_told(maker, columns, rows, run, message):
+    run = str(maker.settings.runs / "ad-1") if run == "runs" else run
     with pytest.raises(UserError, match=message):
         maker.compare(ASKED, columns, rows, run, "one", quiet)
 
@@ -328,9 +359,8 @@ def test_a_run_is_read_while_it_trains(tmp_path):
     run = tmp_path / "ad-7"
     run.mkdir()
     (run / "config.json").write_text(json.dumps({**TrainConfig(seed=5).to_json(), "given": ["seed"]}))
-    (run / "data.json").write_text(
-        json.dumps({"clips": 9, "held_out": 2, "updates": 40, "clips_per_update": 4, "skipped": {"a.mp4": "empty"}})
-    )
+    data = {"clips": 9, "held_out": 2, "updates": 40, "clips_per_update": 4, "skipped": {"a.mp4": "empty"}}
+    (run / "data.json").write_text(json.dumps(data))
     with Report(run, TrainConfig(), 40, 4) as report:
         for step in range(1, 31):
             report.update(step, 1 / step, 0.1, 1e-4)
@@ -341,7 +371,7 @@ def test_a_run_is_read_while_it_trains(tmp_path):
     assert runs_in(tmp_path) == [str(run)]
     assert "Update 30 of 40" in seen.status()
     assert "training" in seen.status()
-    assert "min left" in seen.status()
+    assert " s left" in seen.status()
     losses = seen.losses()
     assert [row for row in losses if row[0] == 30] == [
         (30, 1 / 30, "each"),
@@ -354,8 +384,14 @@ def test_a_run_is_read_while_it_trains(tmp_path):
     assert seen.settings()[0] == ("seed", "5", "given")
     assert seen.cost()
     (run / "report.md").write_text("# ad-7\n\n## Cost\n\n| | |\n|---|---|\n| updates | 30 |\n\n## Samples\n")
-    assert Run(run).state() == "finished"
+    assert Run(run).state() == "stopped"  # at 30 of 40
     assert Run(run).cost() == [("updates", "30")]
+    os.utime(run / "report.md", (1, 1))  # and was gone on with since
+    assert Run(run).state() == "training"
+    assert len(Run(run).cost()) == 3
+    (run / "data.json").write_text(json.dumps({**data, "updates": 30}))
+    os.utime(run / "report.md")
+    assert Run(run).state() == "finished"
 
 
 # Starting it
