@@ -75,8 +75,7 @@ def patches(x, weight):
     return jnp.matmul(neighbours, weight.reshape(9 * c, -1), precision="highest")
 
 
-@jax.checkpoint  # the backward pass makes the tiles anew: kept, they would be four times the input and twice the weights
-def winograd(x, weight):
+def _winograd_of_all(x, weight):
     """F(2×2, 3×3) of Lavin & Gray, 2015 (arXiv:1509.09308), with 2.25 times fewer multiplications; h and w even.
 
     Every 2×2 tile of the output comes from a 4×4 tile of the input. Seen through a transform of additions, the convolution
@@ -88,6 +87,26 @@ def winograd(x, weight):
     if frames >= n or n % frames:
         return _winograd(x, weight_tiles)
     return jax.lax.map(lambda part: _winograd(part, weight_tiles), x.reshape(-1, frames, h, w, c)).reshape(n, h, w, -1)
+
+
+def _winograd_forward(x, weight):
+    """Tiles are not kept for the backward pass: they would be four times the input and twice the weights."""
+    y = _winograd_of_all(x.value, weight.value)
+    return y, (x.value if weight.perturbed else None, weight.value)
+
+
+def _winograd_backward(kept, dy):
+    """The gradient of the input is a convolution too, with the kernel turned round; what JAX derives of the tiles is far slower."""
+    x, weight = kept
+    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+        return jnp.zeros((*dy.shape[:3], weight.shape[2]), dy.dtype), jnp.zeros_like(weight)
+    dx = _winograd_of_all(dy, weight[::-1, ::-1].swapaxes(2, 3))
+    dweight = jnp.zeros_like(weight) if x is None else jax.vjp(lambda weight: _winograd_of_all(x, weight), weight)[1](dy)[0]
+    return dx, dweight
+
+
+winograd = jax.custom_vjp(_winograd_of_all)
+winograd.defvjp(_winograd_forward, _winograd_backward, symbolic_zeros=True)
 
 
 def _winograd(x, weight_tiles):

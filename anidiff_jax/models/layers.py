@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from anidiff_jax.models.attention import attend
 from anidiff_jax.models.convolution import convolve
@@ -41,8 +42,11 @@ class Settings:
         return "highest" if self.dtype == "float32" else None
 
     def layer(self, module: type[nn.Module]) -> type[nn.Module]:
-        """`module`, recomputed in the backward pass where remat is on."""
-        return nn.remat(module) if self.remat else module
+        """`module`, recomputed in the backward pass where remat is on; but for its convolutions, which cost most and keep little."""
+        return nn.remat(module, policy=jax.checkpoint_policies.save_only_these_names(CONVOLVED)) if self.remat else module
+
+
+CONVOLVED = "convolved"
 
 
 def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
@@ -108,7 +112,7 @@ class Conv(nn.Module):
         bias = parameter(self, "bias", (self.features,))
         padding = self.padding or ((side, side), (side, side))
         frames = x.reshape(-1, *x.shape[-3:]).astype(dtype)  # ... h w c -> (...) h w c
-        y = convolve(frames, weight.astype(dtype), self.stride, padding, self.settings.precision)
+        y = checkpoint_name(convolve(frames, weight.astype(dtype), self.stride, padding, self.settings.precision), CONVOLVED)
         if self.has_variable("lora", "lora_A"):
             down: Any = self.get_variable("lora", "lora_A")
             up: Any = self.get_variable("lora", "lora_B")
