@@ -328,7 +328,7 @@ class SampleConfig(Options, _Shared):
         default_factory=list,
         metadata={
             "help": "videos over a list, or over two as columns and rows, as seed=1,2,3 guidance_scale=4,8 or prompt='a cat|a dog' (prompt "
-            "alone: the prompts file); besides the videos, all of them in one GIF and one PNG",
+            "alone: the prompts file); besides the videos, all of them in one GIF and one PNG, and an MP4 where output_format has it",
             "action": "extend",
         },
     )
