@@ -19,7 +19,7 @@ def convolve(x, weight, stride: int, padding, precision):
     same = weight.shape[:2] == (3, 3) and stride == 1 and padding == ((1, 1), (1, 1))
     form = choose(x.shape[1], x.shape[2], weight.shape[2], weight.shape[3], x.dtype) if same else "xla"
     if form != "xla":
-        return {"winograd": winograd, "patches": patches}[form](x, weight)
+        return winograd(x, weight) if form == "winograd" else patches(x, weight)
     return plain(x, weight, stride, padding, precision) if jax.default_backend() == "cpu" else _xla(x, weight, stride, padding, precision)
 
 
