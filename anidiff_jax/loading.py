@@ -13,6 +13,12 @@ from anidiff_jax.training.checkpoint import kind_of
 from anidiff_jax.weights.merge import write_merged_adapter
 
 
+def check(pipeline: AnimateDiffPipeline, config: SampleConfig) -> None:
+    """A UserError for a size, a number of frames or windows that the model cannot make."""
+    check_size(pipeline.model, config.sample_n_frames, config.height, config.width, windows=True)
+    config.context.window(config.sample_n_frames, pipeline.defaults["sample_n_frames"], most_frames(pipeline.model))
+
+
 def load(config: SampleConfig) -> AnimateDiffPipeline:
     """The pipeline that the arguments describe: base, adapter, and what was trained; merged first where that is asked."""
     trained: dict[str, Any] = {}
@@ -39,8 +45,7 @@ def load(config: SampleConfig) -> AnimateDiffPipeline:
         motion_scale=config.motion_scale,
         **config.noise_arguments(),
     )
-    check_size(pipeline.model, config.sample_n_frames, config.height, config.width, windows=True)
-    config.context.window(config.sample_n_frames, pipeline.defaults["sample_n_frames"], most_frames(pipeline.model))
+    check(pipeline, config)
     if config.merge_lora:
         adapter, revision = config.motion_adapter_id_or_path, config.motion_adapter_revision
         if config.from_json is None:  # else the folder was written then

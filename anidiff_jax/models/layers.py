@@ -52,7 +52,7 @@ CONVOLVED = "convolved"
 def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
     """A parameter of this shape. Modules declare shapes only; `init.draw` says what fresh parameters are.
 
-    Flax's own `param` draws keys and traces an initializer for each, which takes seconds of every start.
+    Flax's own `param` draws keys and traces an initializer for each, which takes half a second of every start.
     """
     value: Any = module.variable("params", name, jnp.zeros, shape).value
     if value.shape != shape:

@@ -19,7 +19,8 @@ from anidiff_jax.video import save_webp, to_uint8
 
 THUMBNAIL = 160  # pixels of a thumbnail's longer side
 SHOWN = (".mp4", ".gif", ".webp")  # what a browser plays, the best first
-NOT_FOR_THE_PAGE = {"prompt", "negative_prompt", "model_id_or_path", "motion_adapter_id_or_path", "lora", "sample_n_frames", "sample_size",
+# Arguments that the page has fields of their own for.
+OWN_FIELDS = {"prompt", "negative_prompt", "model_id_or_path", "motion_adapter_id_or_path", "lora", "sample_n_frames", "sample_size",
                     "scheduler", "num_inference_steps", "guidance_scale", "seed", "closed_loop", "fps", "output_format"}  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the page's fields must say to make a video again. UserError where it was made in a way that the page has no fields for."""
     said = arguments_in(record)
     config = SampleConfig()
-    taken = {*NOT_FOR_THE_PAGE, *MORE, "sample_stride", "output_path", "dtype"}  # dtype: the studio's own
+    taken = {*OWN_FIELDS, *MORE, "sample_stride", "output_path", "dtype"}  # dtype: the studio's own
     elsewhere = [name for name, value in said.items() if name not in taken and value not in (getattr(config, name), None, [])]
     elsewhere += ["grid"] if record.get("grid") else []
     if elsewhere:
@@ -93,7 +94,7 @@ def fields_of(record: Mapping[str, Any]) -> dict[str, Any]:
     loras = [given if ":" in given else f"{given}:1.0" for given in said.get("lora") or []]
     if len(loras) > LORAS:
         raise UserError(f"this video was made with {len(loras)} LoRAs, and the page takes {LORAS}: use sample.py --from_json")
-    result = {name: said.get(name, getattr(config, name)) for name in NOT_FOR_THE_PAGE - {"lora", "sample_size", "output_format"}}
+    result = {name: said.get(name, getattr(config, name)) for name in OWN_FIELDS - {"lora", "sample_size", "output_format"}}
     height, _, width = str(said.get("sample_size", "256")).partition("x")
     result |= {
         "height": int(height),

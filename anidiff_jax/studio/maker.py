@@ -18,9 +18,9 @@ from anidiff_jax.config import SampleConfig, path_and_scale
 from anidiff_jax.denoising import step_of
 from anidiff_jax.diffusion.schedule import NoiseSchedule
 from anidiff_jax.errors import UserError
-from anidiff_jax.loading import load
+from anidiff_jax.loading import check, load
 from anidiff_jax.pipeline import AnimateDiffPipeline
-from anidiff_jax.sampling import check_size, most_frames, plan_of, tables_of
+from anidiff_jax.sampling import plan_of, tables_of
 from anidiff_jax.sheets import side_by_side
 from anidiff_jax.studio.asked import check_length, check_limits, config_of
 from anidiff_jax.studio.gallery import write_thumbnail
@@ -131,7 +131,7 @@ class Maker:
             pipeline, loaded, there, compiled = self.pipeline, self._loaded, dict(self._loras), list(self.compiled)  # a job may change them
             if pipeline is None or loaded != _loading(config):
                 return "Loads the model first" + (", and compiles." if pipeline is None else ", and may compile.")
-            _check(pipeline, config)
+            check(pipeline, config)
             loras = [(there.get(_lora_key(lora)), lora[1]) for lora in config.loras()]
             if any(lora is None for lora, _ in loras):
                 return "Loads a LoRA first, and compiles."
@@ -168,7 +168,7 @@ class Maker:
         job.go_on()
         progress(0.0, "loading")
         pipeline = self._pipeline(config)
-        _check(pipeline, config)
+        check(pipeline, config)
         own = aspects(pipeline, config, pipeline.loras)
         if own not in self.compiled and len(self.compiled) >= PROGRAMS:
             self._forget()
@@ -196,8 +196,7 @@ class Maker:
     def _pipeline(self, config: SampleConfig) -> AnimateDiffPipeline:
         """The one for these arguments; only one model is in memory at a time."""
         if self.pipeline is None or self._loaded != _loading(config):
-            self.pipeline, self._loras = None, {}  # before the other one is read
-            self._forget()
+            self.pipeline, self._loras = None, {}  # before the other one is read; programs stay, for one of the same shape
             self.pipeline = load(config.but(lora=[]))
             self._loaded = _loading(config)
         pipeline = self.pipeline
@@ -266,6 +265,7 @@ def aspects(pipeline: AnimateDiffPipeline, config: SampleConfig, loras: list[tup
     shapes = lambda tree: {key: x.shape for key, x in flatten(tree).items()}
     rows = [jax.tree.map(lambda x: x[0], table.rows) for table in plan.tables]
     return {
+        "model": pipeline.model.networks,
         "size": size[1:],
         "frames": size[0],
         "scheduler": [(jax.tree.map(np.shape, row), table.draws) for row, table in zip(rows, plan.tables, strict=True)],
@@ -279,12 +279,6 @@ def aspects(pipeline: AnimateDiffPipeline, config: SampleConfig, loras: list[tup
 
 def _loading(config: SampleConfig) -> tuple:
     return tuple(getattr(config, name) for name in LOADED)
-
-
-def _check(pipeline: AnimateDiffPipeline, config: SampleConfig) -> None:
-    """A UserError for a size that the model cannot make."""
-    check_size(pipeline.model, config.sample_n_frames, config.height, config.width, windows=True)
-    config.context.window(config.sample_n_frames, pipeline.defaults["sample_n_frames"], most_frames(pipeline.model))
 
 
 def _lora_key(lora: tuple[str, float]) -> tuple[str, int]:

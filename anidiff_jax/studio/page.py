@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +13,7 @@ from anidiff_jax.config import SampleConfig
 from anidiff_jax.defaults import EMBEDDED_DEFAULTS
 from anidiff_jax.errors import UserError
 from anidiff_jax.studio import convert, gallery
+from anidiff_jax.studio.asked import LONGEST
 from anidiff_jax.studio.library import EMBEDDED, NONE, Library
 from anidiff_jax.studio.maker import AXES, Maker, Stopped
 from anidiff_jax.studio.runs import Run, changed, runs_in
@@ -81,10 +82,10 @@ def make_tab(settings: Settings, maker: Maker) -> Fields:
     """Fields of a video, the video, and what was made before → the fields by name."""
     with gr.Row():
         fields: Fields = {
-            "prompt": gr.Textbox("a red circle on a white background", label="Prompt", lines=2, max_lines=8, max_length=20_000, scale=3,
+            "prompt": gr.Textbox("a red circle on a white background", label="Prompt", lines=2, max_lines=8, max_length=LONGEST, scale=3,
                                  placeholder="What it shows; to travel, a line for each: 0: a calm sea, 16: a storm", min_width=280,
                                  elem_id="prompt"),
-            "negative_prompt": gr.Textbox("", label="Negative prompt", lines=2, max_length=20_000, scale=2, min_width=280),
+            "negative_prompt": gr.Textbox("", label="Negative prompt", lines=2, max_length=LONGEST, scale=2, min_width=280),
         }  # fmt: skip
     with gr.Row():
         make = gr.Button("Make", variant="primary", scale=3, min_width=100)
@@ -205,7 +206,7 @@ def model_fields(library: Library) -> Fields:
         now = choices_of(library)
         return [gr.Dropdown(choices=now[kind]) for kind in lists.values()]
 
-    for event in (find.click, partial(on_load)):
+    for event in (find.click, on_load):
         event(look, outputs=[parts[name] for name in lists], queue=False, **HIDDEN)
     return parts
 
@@ -273,22 +274,26 @@ def watch_tab(settings: Settings, library: Library) -> None:
     seen = gr.State(("", 0.0, 0))  # the run that is shown, its last change, and how many updates were sampled
     outputs = [status, loss, validation, scores, at, samples, data, clips, cost, table, seen]
 
-    def read(folder: str | None) -> Run:
+    def folder_of(folder: str | None) -> Path:
         """UserError where there is no such run."""
         permitted = library.permitted(folder, "run")
         if permitted is None:
             raise UserError("No run yet: train.py makes one.")
         if not (Path(permitted) / LOG).exists():
             raise UserError(f"{folder} is no run of training, or not yet")
-        return Run(Path(permitted))
+        return Path(permitted)
+
+    def read(folder: str | None) -> Run:
+        return Run.read(folder_of(folder))
 
     def look(folder: str | None, now: float, seen: tuple[str, float, int]):
         """All of a run, where there is something new in it."""
         try:
-            found = read(folder)
-            mark = (str(found.folder), changed(found.folder))
+            there = folder_of(folder)
+            mark = (str(there), changed(there))
             if tuple(seen[:2]) == mark:
-                return [found.status(), *[gr.skip()] * 10]
+                return [gr.skip()] * 11
+            found = Run.read(there)
             steps = found.sampled()
             new = str(found.folder) != seen[0]
             number = len(steps) if new or now >= seen[2] else max(1, int(now))  # who stands at the newest goes on with it
@@ -317,7 +322,7 @@ def watch_tab(settings: Settings, library: Library) -> None:
                 "data": found.data_report(), "settings": found.settings()}  # fmt: skip
 
     timer = gr.Timer(WATCH)
-    for event in (timer.tick, run.input, partial(on_load)):
+    for event in (timer.tick, run.input, on_load):
         event(look, [run, at, seen], outputs, queue=False, **HIDDEN)
     timer.tick(lambda now: _runs(settings, now), run, run, queue=False, **HIDDEN)
     at.input(lambda folder, number: sampled(told(lambda: read(folder)), number), [run, at], samples, queue=False, **HIDDEN)

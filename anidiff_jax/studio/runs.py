@@ -18,11 +18,11 @@ class Run:
     """A run's folder, read once."""
 
     folder: Path
+    log: list[dict[str, Any]]
 
-    def __post_init__(self):
-        object.__setattr__(self, "log", read_log(self.folder))
-
-    log: Any = None
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        return cls(folder, read_log(folder))
 
     @property
     def updates(self) -> list[dict[str, Any]]:
@@ -42,7 +42,7 @@ class Run:
         if whole and self.state() == "training":
             seconds = statistics.median(entry["seconds"] for entry in self.updates[-SMOOTH:])
             words.append(f"{duration((whole - last['step']) * seconds)} left")
-        if best := best_of(self.folder):
+        if best := best_of(self.folder, self.log):
             words.append(f"lowest validation loss {best['validation_loss']:.4f} at update {best['step']}")
         return " · ".join(words)
 
@@ -138,9 +138,10 @@ def runs_in(folder: Path) -> list[str]:
 
 
 def changed(folder: Path) -> float:
-    """Another number when there is something new in a run."""
+    """Another number when there is something new in a run, or it is silent for one more minute; nothing is read for it."""
     paths = [folder / LOG, folder / "report.md", folder / DATA, folder / "samples"]
-    return sum(path.stat().st_mtime for path in paths if path.exists())
+    silent = time.time() - (folder / LOG).stat().st_mtime
+    return sum(path.stat().st_mtime for path in paths if path.exists()) + (silent // 60 if silent > QUIET else 0)
 
 
 def _json(path: Path) -> dict[str, Any]:

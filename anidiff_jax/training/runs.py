@@ -75,10 +75,14 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in folder.glob("iter-*") if path.name[5:].isdecimal() and path.is_dir())
 
 
-def best_of(run: Path) -> dict[str, Any] | None:
+def best_of(run: Path, log: list[dict[str, Any]] | None = None) -> dict[str, Any] | None:
     """The log's entry of the checkpoint with the lowest validation loss; None where none was validated."""
     saved = set(steps_in(run / "checkpoints"))
-    seen = [entry for entry in read_log(run) if entry["step"] in saved and math.isfinite(entry.get("validation_loss", math.nan))]
+    seen = [
+        entry
+        for entry in (read_log(run) if log is None else log)
+        if entry["step"] in saved and math.isfinite(entry.get("validation_loss", math.nan))
+    ]
     return min(seen, key=lambda entry: entry["validation_loss"], default=None)
 
 

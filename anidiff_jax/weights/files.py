@@ -122,8 +122,8 @@ def load(expected: Mapping[str, Any], tensors: dict[str, Tensor], dtype_of, wher
             raise UserError(f"{where}: {key} has shape {list(stored)}, expected {list(shape)}: it does not fit its config.json")
         array = tensors.pop(key).read().reshape(shape)
         seen[f"{key} {array.dtype} {shape}"] = spread(array)
-        kind_of = jax.dtypes.canonicalize_dtype(numpy_type(dtype_of(key) or str(array.dtype)))
-        ours = to_ours(key, array).astype(kind_of, copy=False)
+        dtype = jax.dtypes.canonicalize_dtype(numpy_type(dtype_of(key) or str(array.dtype)))
+        ours = to_ours(key, array).astype(dtype, copy=False)
         params[key] = jax.device_put(ours, may_alias=False)  # jnp.asarray would compile a program for every shape
     return unflatten(params), hash_of(seen)[:16]
 

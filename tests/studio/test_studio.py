@@ -236,6 +236,11 @@ def test_what_the_note_says_of_compiling_is_so(maker, monkeypatch):
         assert said.startswith("Compiles first" if compiled else "Ready"), (changed, said)
         seen.add(compiled)
     assert seen == {True, False}
+    other = maker.library.folders[0] / "adapter"  # other weights of the same shape run through the same programs
+    shutil.copytree(EMBEDDED / "motion_adapter", other)
+    before = programs()
+    maker.make({**ASKED, "motion_adapter_id_or_path": str(other)}, "one", quiet)
+    assert programs() == before
     assert "frames" in maker.note({**ASKED, "sample_n_frames": 5})
     assert maker.note({**ASKED, "motion_adapter_id_or_path": "owner/name"}).startswith("Loads the model first")
     assert maker.note({**ASKED, "width": 63}).startswith("⚠ width 63 is not")
@@ -365,7 +370,7 @@ def test_a_run_is_read_while_it_trains(tmp_path):
         report.scores(30, {"validation_loss": 0.5, "validation_loss_0": 0.25, "motion_degree": 0.1})
     with (run / "metrics.jsonl").open("a") as log:
         log.write('{"step": 31, "lo')  # as a reader may meet it
-    seen = Run(run)
+    seen = Run.read(run)
     assert runs_in(tmp_path) == [str(run)]
     assert "Update 30 of 40" in seen.status()
     assert "training" in seen.status()
@@ -382,14 +387,14 @@ def test_a_run_is_read_while_it_trains(tmp_path):
     assert seen.settings()[0] == ("seed", "5", "given")
     assert seen.cost()
     (run / "report.md").write_text("# ad-7\n\n## Cost\n\n| | |\n|---|---|\n| updates | 30 |\n\n## Samples\n")
-    assert Run(run).state() == "stopped"  # at 30 of 40
-    assert Run(run).cost() == [("updates", "30")]
+    assert Run.read(run).state() == "stopped"  # at 30 of 40
+    assert Run.read(run).cost() == [("updates", "30")]
     os.utime(run / "report.md", (1, 1))  # and was gone on with since
-    assert Run(run).state() == "training"
-    assert len(Run(run).cost()) == 3
+    assert Run.read(run).state() == "training"
+    assert len(Run.read(run).cost()) == 3
     (run / "data.json").write_text(json.dumps({**data, "updates": 30}))
     os.utime(run / "report.md")
-    assert Run(run).state() == "finished"
+    assert Run.read(run).state() == "finished"
 
 
 # Starting it
