@@ -236,14 +236,14 @@ def test_what_the_note_says_of_compiling_is_so(maker, monkeypatch):
         assert said.startswith("Compiles first" if compiled else "Ready"), (changed, said)
         seen.add(compiled)
     assert seen == {True, False}
+    assert "frames" in maker.note({**ASKED, "sample_n_frames": 5})
+    assert maker.note({**ASKED, "motion_adapter_id_or_path": "owner/name"}).startswith("Loads the model first")
+    assert maker.note({**ASKED, "width": 63}).startswith("⚠ width 63 is not")
     other = maker.library.folders[0] / "adapter"  # other weights of the same shape run through the same programs
     shutil.copytree(EMBEDDED / "motion_adapter", other)
     before = programs()
     maker.make({**ASKED, "motion_adapter_id_or_path": str(other)}, "one", quiet)
     assert programs() == before
-    assert "frames" in maker.note({**ASKED, "sample_n_frames": 5})
-    assert maker.note({**ASKED, "motion_adapter_id_or_path": "owner/name"}).startswith("Loads the model first")
-    assert maker.note({**ASKED, "width": 63}).startswith("⚠ width 63 is not")
 
 
 # Jobs
