@@ -54,7 +54,6 @@ def test_when_one_dies_the_other_ends(command, tmp_path):
     assert first.returncode != 0, err
 
 
-@pytest.mark.soak
 def test_when_one_is_asked_to_end_both_do(command, tmp_path):
     """A cluster may take one machine back: all save at the same update."""
     processes = start_two(*command, "--output_dir", tmp_path, "--max_steps", "100000", "--save_steps", "100000")
