@@ -42,11 +42,15 @@ class Settings:
         return "highest" if self.dtype == "float32" else None
 
     def layer(self, module: type[nn.Module]) -> type[nn.Module]:
-        """`module`, recomputed in the backward pass where remat is on; but for its convolutions, which cost most and keep little."""
-        return nn.remat(module, policy=jax.checkpoint_policies.save_only_these_names(CONVOLVED)) if self.remat else module
+        """`module`, recomputed in the backward pass where remat is on; but for its convolutions, which cost most and keep little.
+
+        On a CPU the linear layers are kept too, but for the feed-forward's wide one, which is recomputed in chunks (`FeedForward`).
+        """
+        kept = [CONVOLVED, PROJECTED] if jax.default_backend() == "cpu" else [CONVOLVED]
+        return nn.remat(module, policy=jax.checkpoint_policies.save_only_these_names(*kept)) if self.remat else module
 
 
-CONVOLVED = "convolved"
+CONVOLVED, PROJECTED = "convolved", "projected"
 
 
 def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
@@ -66,12 +70,14 @@ ROWS_AT_ONCE = 1024  # of the feed-forward on a CPU, so that its eightfold width
 class Dense(nn.Module):
     """Linear layer (..., in) → (..., features), plus a low-rank adapter where the `lora` collection holds one for it.
 
+    kept: what it gives may be kept for the backward pass, see `Settings.layer`.
     weight: (in, features). Adapter: lora_A.weight (in, rank), lora_B.weight (rank, features), already scaled.
     """
 
     features: int
     settings: Settings
     use_bias: bool = True
+    kept: bool = True
 
     @nn.compact
     def __call__(self, x):
@@ -89,7 +95,7 @@ class Dense(nn.Module):
                 x = jnp.where(kept, x / (1 - s.lora_dropout), 0).astype(dtype)
             low = jnp.matmul(x, down["weight"].astype(dtype), precision=s.precision)
             y = y + jnp.matmul(low, up["weight"].astype(dtype), precision=s.precision)
-        return y
+        return checkpoint_name(y, PROJECTED) if self.kept else y
 
 
 class Conv(nn.Module):
@@ -200,7 +206,7 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        hidden, gate = jnp.split(Dense(2 * self.features, self.settings, name="proj")(x), 2, axis=-1)
+        hidden, gate = jnp.split(Dense(2 * self.features, self.settings, kept=False, name="proj")(x), 2, axis=-1)
         return hidden * jax.nn.gelu(gate, approximate=False)
 
 
@@ -219,6 +225,7 @@ class FeedForward(nn.Module):
 
         if jax.default_backend() != "cpu" or rows <= ROWS_AT_ONCE or rows % ROWS_AT_ONCE:
             return two_layers(self, None, x)[1]
+        two_layers = nn.remat(two_layers, prevent_cse=False) if self.settings.remat else two_layers  # so no chunk is kept
         chunked = nn.scan(two_layers, variable_broadcast=("params", "lora"), split_rngs={"params": False, "dropout": True})
         chunks = x.reshape(-1, ROWS_AT_ONCE, channels)  # ... c -> n 1024 c
         return chunked(self, None, chunks)[1].reshape(x.shape)
