@@ -1,7 +1,7 @@
 """Where a case's time goes, by kind of layer and by phase, from XLA's own profile of one call.
 
-    python benchmarks/profile.py forward
-    python benchmarks/profile.py train_full_checkpointing --size 256
+    python benchmarks/profiling.py forward
+    python benchmarks/profiling.py train_full_checkpointing --size 256
 
 Every operation of the compiled program carries the path of the module that asked for it, and is counted under that; what the backward
 pass computes a second time (gradient checkpointing) is a phase of its own. Results in benchmarks/results/profile-cpu-<case>-<size>.json,
@@ -83,7 +83,7 @@ def place(path: str) -> tuple[str, str]:
 
 
 def table() -> str:
-    lines = [f"{machine()}; `python benchmarks/profile.py CASE`: seconds of one call: in products of matrices + in all else", ""]
+    lines = [f"{machine()}; `python benchmarks/profiling.py CASE`: seconds of one call: in products of matrices + in all else", ""]
     for path in sorted(RESULTS.glob("profile-cpu-*.json")):
         found = json.loads(path.read_text())
         cells: dict[str, dict] = collections.defaultdict(collections.Counter)
