@@ -1,4 +1,4 @@
-"""What was chosen by measurement, measured: forms of attention, convolution, norm, adapter and checkpointing at the shapes of SD 1.5.
+"""What was chosen by measurement, measured: forms of attention, convolution, norm, adapter, dropout, checkpointing at the shapes of SD 1.5.
 
     python benchmarks/choices.py                        # some minutes; float32 on a CPU, bfloat16 on a GPU
     python benchmarks/choices.py --only attention norm  # some groups
@@ -28,18 +28,20 @@ from anidiff_jax.models import attention, convolution, layers  # noqa: E402
 from anidiff_jax.models.layers import Dense, GroupNorm, Settings  # noqa: E402
 from anidiff_jax.models.motion import MotionModule  # noqa: E402
 from anidiff_jax.parallel import set_up_jax  # noqa: E402
+from anidiff_jax.random import quick  # noqa: E402
 from benchmarks.run import RESULTS, machine  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Case:
-    """Forms that compute the same of `given`, arrays of these shapes; `taken` is the one that the project takes."""
+    """Forms that compute the same (where `alike`) of `given`, arrays of these shapes; `taken` is the one that the project takes."""
 
     group: str
     what: str
     given: dict[str, tuple[int, ...]]
     forms: dict[str, Callable]
     taken: str
+    alike: bool = True
 
 
 def attentions(dtype: str, frames: int) -> Iterator[Case]:
@@ -108,6 +110,22 @@ def adapters(dtype: str, frames: int) -> Iterator[Case]:
         yield Case("adapter", f"{rows} rows of {c}", given, forms, "in the layer")
 
 
+def dropouts(dtype: str, frames: int) -> Iterator[Case]:
+    """Dropout on the input of an adapter: JAX's own keys, XLA's generator, keys that hash."""
+    for rows, c in ((frames * 1024, 320), (frames * 4096, 1280)):
+
+        def drop(x, key):
+            return jnp.where(jax.random.bernoulli(key, 0.95, x.shape), x / 0.95, 0).astype(x.dtype)
+
+        kinds = {"threefry": lambda key: key, "rbg": of_xla, "hashed": quick}
+        forms = {name: lambda x, kind=kind, drop=drop: drop(x, kind(jax.random.key(0))) for name, kind in kinds.items()}
+        yield Case("dropout", f"{rows} rows of {c}", {"x": (rows, c)}, forms, "hashed", alike=False)
+
+
+def of_xla(key):
+    return jax.random.wrap_key_data(jnp.tile(jax.random.key_data(key), 2), impl="rbg")
+
+
 def checkpointing(dtype: str, frames: int) -> Iterator[Case]:
     """What of a motion module is kept for the backward pass."""
     names = jax.checkpoint_policies.save_only_these_names
@@ -125,7 +143,14 @@ def checkpointing(dtype: str, frames: int) -> Iterator[Case]:
         yield Case("checkpointing", f"motion module, {frames} frames of {side}² × {c}", {"x": shapes}, forms, taken)
 
 
-GROUPS = {"attention": attentions, "convolution": convolutions, "norm": norms, "adapter": adapters, "checkpointing": checkpointing}
+GROUPS = {
+    "attention": attentions,
+    "convolution": convolutions,
+    "norm": norms,
+    "adapter": adapters,
+    "dropout": dropouts,
+    "checkpointing": checkpointing,
+}
 
 
 def precision(dtype: str) -> str | None:
@@ -147,7 +172,7 @@ def measure(case: Case, dtype: str, repeats: int) -> dict[str, Any]:
             "with_gradients": least(gradient, given, repeats),
             "megabytes": gradient.memory_analysis().temp_size_in_bytes / 1e6,
         }
-    for name, y in outputs.items():
+    for name, y in outputs.items() if case.alike else ():
         found[name]["difference"] = float(jnp.abs(y - outputs[case.taken]).max() / jnp.abs(outputs[case.taken]).max())
     return found
 
@@ -168,9 +193,10 @@ def table(result: dict) -> str:
     for case in result["cases"]:
         for i, (name, f) in enumerate(case["forms"].items()):
             said = f"**{name}** *" if name == case["taken"] else name
+            differs = f"{f['difference']:.0e}" if "difference" in f else ""
             lines.append(
                 f"| {case['group'] + ': ' + case['what'] if i == 0 else ''} | {said} | {1e3 * f['seconds']:.3g} "
-                f"| {1e3 * f['with_gradients']:.3g} | {f['megabytes']:.0f} | {f['difference']:.0e} |"
+                f"| {1e3 * f['with_gradients']:.3g} | {f['megabytes']:.0f} | {differs} |"
             )
     return "\n".join([*lines, "", "\\* what the project takes on this device.", ""])
 

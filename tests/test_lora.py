@@ -9,6 +9,7 @@ from anidiff_jax.errors import UserError
 from anidiff_jax.lora import init_lora, linear_layers, merge_lora, scaled
 from anidiff_jax.models.layers import Dense, Settings
 from anidiff_jax.pipeline import AnimateDiffPipeline
+from anidiff_jax.random import quick
 from anidiff_jax.weights.base import load_model
 from anidiff_jax.weights.loras import load_lora, save_lora
 from anidiff_jax.weights.merge import merged_folder, write_merged_adapter
@@ -72,7 +73,7 @@ def test_dropout_needs_a_key(base, adapter, lora):
     )
     sampling = run({})
     np.testing.assert_array_equal(sampling, run({}))
-    first, second = run({"dropout": jax.random.key(0)}), run({"dropout": jax.random.key(1)})
+    first, second = run({"dropout": quick(jax.random.key(0))}), run({"dropout": quick(jax.random.key(1))})
     assert np.abs(first - sampling).max() > 1e-3
     assert np.abs(first - second).max() > 1e-3
 
@@ -82,7 +83,7 @@ def test_dropout_leaves_out_the_share_that_is_asked_for(share):
     """Of an adapter that is the identity beside a weight of zero; what is kept makes up for the rest."""
     layer, identity = Dense(1000, Settings(lora_dropout=share), use_bias=False), {"weight": jnp.eye(1000)}
     variables = {"params": {"weight": jnp.zeros((1000, 1000))}, "lora": {"lora_A": identity, "lora_B": identity}}
-    y = np.asarray(layer.apply(variables, jnp.ones((10, 1000)), rngs={"dropout": jax.random.key(0)}))
+    y = np.asarray(layer.apply(variables, jnp.ones((10, 1000)), rngs={"dropout": quick(jax.random.key(0))}))
     assert abs((y == 0).mean() - share) < 0.02
     np.testing.assert_allclose(y[y != 0], 1 / (1 - share), rtol=1e-5)
 

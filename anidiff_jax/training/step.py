@@ -14,7 +14,7 @@ from anidiff_jax.lora import scaled
 from anidiff_jax.models.networks import Networks
 from anidiff_jax.models.vae import Posterior, encode_frames
 from anidiff_jax.parallel import AXIS
-from anidiff_jax.random import purpose
+from anidiff_jax.random import purpose, quick
 from anidiff_jax.training.state import TrainState
 from anidiff_jax.weights.tree import Tree, merge
 
@@ -93,7 +93,7 @@ def denoising_loss(trained, frozen, task: Task, latents, text, keys):
     variables = task.unet_variables(trained, frozen["unet"])
     predict = task.networks.unet.apply
     if task.networks.unet.settings.lora_dropout:  # clip by clip, since dropout draws for all that it sees from one key
-        one = lambda noisy, t, text, key: predict(variables, noisy[None], t[None], text[None], rngs={"dropout": key})[0]
+        one = lambda noisy, t, text, key: predict(variables, noisy[None], t[None], text[None], rngs={"dropout": quick(key)})[0]
         clips = (noisy, timesteps, text, for_dropout)
         # At full size on a CPU, vmap takes 10.4 GB of temporary memory where one clip without it takes 7.5.
         predictions = jax.vmap(one)(*clips) if len(noisy) > 1 else one(*(x[0] for x in clips))[None]
