@@ -21,6 +21,7 @@ evaluate: .venv/dev  ## does training work? the long evaluations of the embedded
 
 bench: .venv/dev  ## speed and memory beside PyTorch diffusers, at full size
 	.venv/bin/python benchmarks/run.py
+	.venv/bin/python benchmarks/choices.py
 	.venv/bin/python benchmarks/startup.py
 	.venv/bin/python benchmarks/loading.py
 	.venv/bin/python benchmarks/conversion.py

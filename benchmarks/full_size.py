@@ -101,13 +101,25 @@ def inputs(shape: Shape, batch: int = 1, texts: int = 1) -> tuple[np.ndarray, np
     return rng.standard_normal((batch, shape.frames, side, side, 4), np.float32), rng.standard_normal((texts, 77, 768), np.float32)
 
 
+def clips(shape: Shape, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 frames (batch, f, H, W, 3), token ids (batch, 77)), what training gets that has no latent cache."""
+    rng = np.random.default_rng(2)
+    pixels = rng.integers(0, 256, (batch, shape.frames, shape.size, shape.size, 3), np.uint8)
+    return pixels, rng.integers(0, TEXT["vocab_size"], (batch, 77), np.int32)
+
+
 def draws() -> Path:
-    """Where our side of a training step writes the timesteps and noise that it drew."""
+    """Where our side of a training step writes what it drew: timesteps, noise, and the noise in the VAE's posterior."""
     return WORK / "draws.npz"
 
 
 def training_cases(train: Callable) -> dict[str, Callable[[Shape], Any]]:
-    """train(shape, kind, remat, batch) as a case for each of lora and full, with and without gradient checkpointing, one clip and four."""
-    name = lambda kind, remat, batch: f"train_{kind}{'_checkpointing' if remat else ''}{f'_{batch}' if batch > 1 else ''}"
-    kinds = itertools.product(("lora", "full"), (True, False), (1, 4))
-    return {name(kind, remat, batch): partial(train, kind=kind, remat=remat, batch=batch) for kind, remat, batch in kinds}
+    """train(shape, kind, remat, batch, cached) as a case for each of lora and full, with and without gradient checkpointing, one clip and
+    four, from latents and from pixels."""
+
+    def name(kind, remat, batch, cached):
+        words = ["train", kind, "checkpointing" if remat else "", str(batch) if batch > 1 else "", "" if cached else "uncached"]
+        return "_".join(word for word in words if word)
+
+    kinds = itertools.product(("lora", "full"), (True, False), (1, 4), (True, False))
+    return {name(*how): partial(train, **dict(zip(("kind", "remat", "batch", "cached"), how, strict=True))) for how in kinds}

@@ -21,7 +21,7 @@ from anidiff_jax.sampling import decode, encode
 from anidiff_jax.training import setup
 from anidiff_jax.training.state import TrainState, make_optimizer
 from anidiff_jax.training.step import denoising_loss, make_update
-from benchmarks.full_size import MODEL, Shape, draws, inputs, training_cases
+from benchmarks.full_size import MODEL, Shape, clips, draws, inputs, training_cases
 
 Run = Callable[[], Any]
 
@@ -92,9 +92,7 @@ def vae_encode(shape: Shape) -> tuple[Run, float]:
     pipe = load(shape)
     frames = np.random.default_rng(2).integers(0, 256, (shape.frames, shape.size, shape.size, 3), np.uint8)
     network, params = pipe.model.networks.vae, pipe.model.params["vae"]
-    one = jax.ShapeDtypeStruct((1, shape.size, shape.size, 3), jnp.bfloat16)
-    count = shape.frames * count_flops(lambda p, x: network.apply({"params": p}, x, method="encode"), params, one)
-    return lambda: np.asarray(encode(network, params, frames)), count
+    return lambda: np.asarray(encode(network, params, frames)), encode_flops(shape)
 
 
 def vae_decode(shape: Shape) -> tuple[Run, float]:
@@ -103,8 +101,8 @@ def vae_decode(shape: Shape) -> tuple[Run, float]:
     return lambda: np.asarray(decode(pipe.model.networks.vae, pipe.model.params["vae"], x[0])), decode_flops(shape)
 
 
-def train(shape: Shape, kind: str, remat: bool, batch: int = 1) -> tuple[Run, float]:
-    """An optimizer update from cached latents; gives the loss, of draws that are written down for the other side."""
+def train(shape: Shape, kind: str, remat: bool, batch: int = 1, cached: bool = True) -> tuple[Run, float]:
+    """An optimizer update from latents or from pixels; gives the loss, of draws that are written down for the other side."""
     config = TrainConfig(
         model_id_or_path=str(MODEL), motion_adapter_id_or_path=str(MODEL / "motion_adapter"), sft_type=kind, gradient_checkpointing=remat,
         sample_size=str(shape.size), sample_n_frames=shape.frames, batch_size=batch, lora_dropout=0.0,
@@ -115,26 +113,24 @@ def train(shape: Shape, kind: str, remat: bool, batch: int = 1) -> tuple[Run, fl
     trained, frozen = setup.split_params(config, model)
     optimizer, task = make_optimizer(config, 1000), setup.task(config, model)
     (x, text), index = inputs(shape, batch, batch), np.arange(batch, dtype=np.uint32)
-    part = lambda v: v[None, None]  # devices micro-batches …
-    given = {
-        "mean": part(x / model.networks.vae.config.scaling_factor),
-        "std": part(np.zeros_like(x)),
-        "text": part(text),
-        "index": part(index),
-    }
-    keys = [jax.random.split(jax.random.fold_in(purpose(task.seed, "clip"), i))[1] for i in index]
-    split = [jax.random.split(key, 3) for key in keys]
+    clip = {"mean": x / model.networks.vae.config.scaling_factor, "std": np.zeros_like(x), "text": text}
+    if not cached:
+        clip = dict(zip(("pixels", "ids"), clips(shape, batch), strict=True))
+    given = {name: value[None, None] for name, value in {**clip, "index": index}.items()}  # devices micro-batches …
+    keys = [jax.random.split(jax.random.fold_in(purpose(task.seed, "clip"), i)) for i in index]  # of the latents, of the loss
+    split = [jax.random.split(key[1], 3) for key in keys]
+    noise = lambda keys: np.stack([jax.random.normal(key, x.shape[1:]) for key in keys])
     steps = [int(jax.random.randint(key[0], (), 0, 1000)) for key in split]
-    np.savez(draws(), timesteps=steps, noise=np.stack([jax.random.normal(key[1], x.shape[1:]) for key in split]))
-    count = train_flops(task, trained, frozen, x, text)
+    np.savez(draws(), timesteps=steps, noise=noise([key[1] for key in split]), posterior=noise([key[0] for key in keys]))
+    count = train_flops(task, trained, frozen, x, text) + (0 if cached else batch * encode_flops(shape))
     update = data_parallel(make_update(task, optimizer), jax.local_devices()[:1])
     state, frozen = replicate(TrainState.create(trained, optimizer)), replicate(frozen)
     model.params = {}
-    clips = to_devices(given)
+    batches = to_devices(given)
 
     def run():
         nonlocal state
-        state, metrics = update(state, frozen, clips)
+        state, metrics = update(state, frozen, batches)
         return np.asarray(metrics["loss"])
 
     return run, count
@@ -149,13 +145,22 @@ def forward_flops(shape: Shape) -> int:
     return count_flops(ask, _shapes_of(network), *given)
 
 
+def encode_flops(shape: Shape) -> int:
+    """Of the VAE, over the frames of a clip."""
+    return _vae_flops(shape, (1, shape.size, shape.size, 3), "encode")
+
+
 def decode_flops(shape: Shape) -> int:
+    return _vae_flops(shape, (1, shape.size // 8, shape.size // 8, 4), "decode")
+
+
+def _vae_flops(shape: Shape, given: tuple[int, ...], method: str) -> int:
     from anidiff_jax.models.vae import AutoencoderKL, vae_config
     from benchmarks.full_size import VAE
 
     network = AutoencoderKL(vae_config(VAE), Settings(dtype="bfloat16"))
-    latent = jax.ShapeDtypeStruct((1, shape.size // 8, shape.size // 8, 4), jnp.float32)
-    return shape.frames * count_flops(lambda p, z: network.apply({"params": p}, z, method="decode"), _shapes_of(network), latent)
+    ask = lambda p, x: network.apply({"params": p}, x, method=method)
+    return shape.frames * count_flops(ask, _shapes_of(network), jax.ShapeDtypeStruct(given, jnp.float32))
 
 
 def train_flops(task, trained, frozen, x, text) -> int:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AnimateDiffPipeline, AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from transformers import CLIPTextModel
 
-from benchmarks.full_size import MODEL, Shape, draws, inputs, training_cases
+from benchmarks.full_size import MODEL, Shape, clips, draws, inputs, training_cases
 
 Run = Callable[[], Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,7 +128,7 @@ def vae_decode(shape: Shape) -> Run:
     return lambda: torch.cat([no_grad(lambda p=p: part(p)) for p in z.split(4)]).permute(0, 2, 3, 1).numpy()
 
 
-def train(shape: Shape, kind: str, remat: bool, batch: int = 1) -> Run:
+def train(shape: Shape, kind: str, remat: bool, batch: int = 1, cached: bool = True) -> Run:
     """AdamW on what trains, in float32; the rest in the shape's type, and autocast where that is bfloat16."""
     from peft import LoraConfig
 
@@ -147,10 +148,13 @@ def train(shape: Shape, kind: str, remat: bool, batch: int = 1) -> Run:
     chosen = [p for p in unet.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(chosen, lr=1e-4, weight_decay=0.01, fused=DEVICE == "cuda")
     drawn = np.load(draws())
-    (latents, text), timesteps = given(shape, batch, batch), torch.tensor(drawn["timesteps"], device=DEVICE)
-    noise = torch.tensor(drawn["noise"]).permute(0, 4, 1, 2, 3).to(DEVICE)
+    channels = lambda x: torch.tensor(x).permute(0, 4, 1, 2, 3).to(DEVICE)  # b f h w c -> b c f h w
+    timesteps, noise, posterior = torch.tensor(drawn["timesteps"], device=DEVICE), channels(drawn["noise"]), channels(drawn["posterior"])
+    known = given(shape, batch, batch)
+    clip = (lambda: known) if cached else encoder(shape, batch, posterior)
 
     def update():
+        latents, text = clip()
         with torch.autocast(DEVICE, torch.bfloat16, enabled=shape.dtype == "bfloat16"):
             predicted = unet(recipe().add_noise(latents.float(), noise, timesteps).to(latents.dtype), timesteps, text).sample
         loss = torch.nn.functional.mse_loss(predicted.float(), noise)
@@ -161,6 +165,25 @@ def train(shape: Shape, kind: str, remat: bool, batch: int = 1) -> Run:
         return np.asarray(loss.item(), np.float32)
 
     return update
+
+
+def encoder(shape: Shape, batch: int, noise) -> Callable:
+    """() → what `given` gives, of a clip's pixels and tokens, with `noise` in the VAE's posterior."""
+    vae, (pixels, ids) = vae_of(shape), clips(shape, batch)
+    dtype = getattr(torch, shape.dtype)
+    text_encoder = best(CLIPTextModel.from_pretrained(MODEL / "text_encoder", torch_dtype=dtype).eval())
+
+    @torch.no_grad()  # not inference_mode, of which nothing may be trained on
+    def encode():
+        frames = torch.tensor(pixels).flatten(0, 1).permute(0, 3, 1, 2).to(DEVICE) / 127.5 - 1  # b f h w c -> (b f) c h w
+        found = [vae.encode(part.to(dtype)).latent_dist for part in frames.split(4)]
+        mean, std = (
+            torch.cat([getattr(p, name) for p in found]).float().unflatten(0, (batch, -1)).transpose(1, 2) for name in ("mean", "std")
+        )
+        text = text_encoder(torch.tensor(ids, dtype=torch.long, device=DEVICE)).last_hidden_state
+        return ((mean + std * noise) * vae.config.scaling_factor).to(dtype), text.repeat_interleave(shape.frames, 0)
+
+    return encode
 
 
 def no_grad(run):
