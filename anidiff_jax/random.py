@@ -28,11 +28,13 @@ def _mixed(x):
     return x ^ (x >> 16)
 
 
+@jax.jit  # here and below: traced once for each shape, however many layers draw
 def _hashed(key, number):
     """key (2,), numbers (…) → uint32 (…)."""
     return _mixed(_mixed(number.astype(jnp.uint32) + key[0]) ^ key[1])
 
 
+@jax.jit
 def _fold_in(key, number):
     return jnp.stack([_hashed(key, number), _hashed(key[::-1], ~number.astype(jnp.uint32))])
 

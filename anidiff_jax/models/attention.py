@@ -1,5 +1,7 @@
 """Scaled dot-product attention, in the form that is fastest for the shape and the device."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -19,11 +21,16 @@ def attend(q, k, v, kind: str = "auto", causal: bool = False):
     if kind == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
 
+    return _attend(q, k, v, kind == "chunked", causal)
+
+
+@partial(jax.jit, static_argnums=(3, 4))  # traced once for each shape, however many layers have that
+def _attend(q, k, v, chunked: bool, causal: bool):
     b, s, h, d = q.shape
     merge = lambda x: x.swapaxes(1, 2).reshape(b * h, x.shape[1], d)  # b s h d -> (b h) s d
     one_head = lambda qkv: _attend_head(qkv[0], qkv[1], qkv[2], causal)
     q, k, v = merge(q), merge(k), merge(v)
-    y = jax.lax.map(jax.checkpoint(one_head), (q, k, v)) if kind == "chunked" else one_head((q, k, v))
+    y = jax.lax.map(jax.checkpoint(one_head), (q, k, v)) if chunked else one_head((q, k, v))
     return y.reshape(b, h, s, d).swapaxes(1, 2)  # (b h) s d -> b s h d
 
 

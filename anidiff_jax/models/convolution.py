@@ -5,6 +5,8 @@ convolutions are better written as such: measured on 2 cores, 1.2 to 1.9 times a
 
 And on a CPU, XLA brings a convolution into the form that its fast code takes only outside of loops. Those that JAX makes for
 gradients have another form, and run 15 times slower in the loop over micro-batches; `plain` has gradients in the fast form.
+
+Each form is jitted by itself, so that a network's tracing meets it once for each shape, however many layers have that.
 """
 
 import jax
@@ -38,7 +40,7 @@ def choose(height: int, width: int, inputs: int, outputs: int, dtype) -> str:
     return "winograd" if height % 2 == width % 2 == 0 and positions <= 4096 else "xla"
 
 
-plain = jax.custom_vjp(_xla, nondiff_argnums=(2, 3, 4))
+_plain = jax.custom_vjp(_xla, nondiff_argnums=(2, 3, 4))
 
 
 def _plain_forward(x, weight, stride, padding, precision):
@@ -64,9 +66,11 @@ def _plain_backward(stride, padding, precision, kept, dy):
     return dx, dweight
 
 
-plain.defvjp(_plain_forward, _plain_backward, symbolic_zeros=True)
+_plain.defvjp(_plain_forward, _plain_backward, symbolic_zeros=True)
+plain = jax.jit(_plain, static_argnums=(2, 3, 4))
 
 
+@jax.jit
 def patches(x, weight):
     """One product of every position's 3×3 neighbourhood with the weight."""
     _, h, w, c = x.shape
@@ -105,8 +109,9 @@ def _winograd_backward(kept, dy):
     return dx, dweight
 
 
-winograd = jax.custom_vjp(_winograd_of_all)
-winograd.defvjp(_winograd_forward, _winograd_backward, symbolic_zeros=True)
+_winograd_either_way = jax.custom_vjp(_winograd_of_all)
+_winograd_either_way.defvjp(_winograd_forward, _winograd_backward, symbolic_zeros=True)
+winograd = jax.jit(_winograd_either_way)
 
 
 def _winograd(x, weight_tiles):

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -140,20 +141,24 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        channels = x.shape[-1]
-        weight = parameter(self, "weight", (channels,)).astype(jnp.float32)
-        bias = parameter(self, "bias", (channels,)).astype(jnp.float32)
+        weight, bias = (parameter(self, name, x.shape[-1:]) for name in ("weight", "bias"))
         axes = (-4, -3, -2) if self.over_frames else (-3, -2)
+        return group_norm(x, weight, bias, self.groups, self.eps, axes).astype(jnp.dtype(self.settings.dtype))
 
-        def over_group(per_channel):  # (..., c): mean over the channels of each group, for each channel
-            grouped = per_channel.reshape(*per_channel.shape[:-1], self.groups, channels // self.groups)
-            return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(per_channel.shape)
 
-        x32 = x.astype(jnp.float32)
-        mean = over_group(x32.mean(axes, keepdims=True))
-        variance = over_group(jnp.square(x32 - mean).mean(axes, keepdims=True))
-        scale = weight * jax.lax.rsqrt(variance + self.eps)
-        return ((x32 - mean) * scale + bias).astype(jnp.dtype(self.settings.dtype))
+@partial(jax.jit, static_argnums=(3, 4, 5))  # traced once for each shape, however many layers have that
+def group_norm(x, weight, bias, groups: int, eps: float, axes: tuple[int, ...]):
+    """x (…, c) normalised over `axes` and the channels of a group, float32."""
+    grouped = lambda per_channel: per_channel.reshape(*per_channel.shape[:-1], groups, -1)
+
+    def over_group(per_channel):  # (..., c): mean over the channels of each group, for each channel
+        mean = grouped(per_channel).mean(-1, keepdims=True)
+        return jnp.broadcast_to(mean, grouped(per_channel).shape).reshape(per_channel.shape)
+
+    x = x.astype(jnp.float32)
+    mean = over_group(x.mean(axes, keepdims=True))
+    variance = over_group(jnp.square(x - mean).mean(axes, keepdims=True))
+    return (x - mean) * (weight.astype(jnp.float32) * jax.lax.rsqrt(variance + eps)) + bias.astype(jnp.float32)
 
 
 class LayerNorm(nn.Module):
@@ -164,12 +169,17 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        weight = parameter(self, "weight", (x.shape[-1],)).astype(jnp.float32)
-        bias = parameter(self, "bias", (x.shape[-1],)).astype(jnp.float32)
-        x32 = x.astype(jnp.float32)
-        mean = x32.mean(-1, keepdims=True)
-        variance = jnp.square(x32 - mean).mean(-1, keepdims=True)
-        return ((x32 - mean) * jax.lax.rsqrt(variance + self.eps) * weight + bias).astype(jnp.dtype(self.settings.dtype))
+        weight, bias = (parameter(self, name, x.shape[-1:]) for name in ("weight", "bias"))
+        return layer_norm(x, weight, bias, self.eps).astype(jnp.dtype(self.settings.dtype))
+
+
+@partial(jax.jit, static_argnums=3)
+def layer_norm(x, weight, bias, eps: float):
+    """x (…, c) normalised over the last axis, float32."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + eps) * weight.astype(jnp.float32) + bias.astype(jnp.float32)
 
 
 def multi_head(x, context, heads: int, settings: Settings, qkv_bias: bool = False):
