@@ -9,7 +9,7 @@ from anidiff_jax.config import SampleConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.pipeline import AnimateDiffPipeline
 from anidiff_jax.sampling import check_size, most_frames
-from anidiff_jax.training.checkpoint import kind_of
+from anidiff_jax.weights.kinds import kind_of_checkpoint
 from anidiff_jax.weights.merge import write_merged_adapter
 
 
@@ -23,7 +23,7 @@ def load(config: SampleConfig) -> AnimateDiffPipeline:
     """The pipeline that the arguments describe: base, adapter, and what was trained; merged first where that is asked."""
     trained: dict[str, Any] = {}
     if config.ckpt_dir is not None:
-        kind = kind_of(Path(config.ckpt_dir).expanduser())  # lora, motion_adapter or unet: the pipeline's name for it
+        kind = kind_of_checkpoint(Path(config.ckpt_dir).expanduser())  # lora, motion_adapter or unet: the pipeline's name for it
         if (kind == "lora") != (config.sft_type == "lora"):
             held, other = ("a LoRA", "lora") if kind == "lora" else ("no LoRA", "full")
             raise UserError(f"ckpt_dir {config.ckpt_dir} holds {held}: give --sft_type {other}")

@@ -228,7 +228,7 @@ class Maker:
         return [(label(value), partial(SampleConfig.but, **{axis.name: value})) for value in axis.values]
 
     def _checkpoints(self, config: SampleConfig, text: str, run: str | None) -> list[Cell]:
-        from anidiff_jax.training.checkpoint import kind_of
+        from anidiff_jax.weights.kinds import kind_of_checkpoint
 
         if not run:
             raise UserError("choose the run whose checkpoints are compared")
@@ -241,7 +241,7 @@ class Maker:
             raise UserError(f"{run} has no checkpoint yet")
         cells: list[Cell] = []
         for path in (folder / f"iter-{step}" for step in chosen):
-            kind = kind_of(path)
+            kind = kind_of_checkpoint(path)
             if kind == "unet":
                 raise UserError(f"{path} is a UNet that trained as a whole: use sample.py --sft_type full --ckpt_dir")
             adapted = lambda path, cell: cell.but(lora=[*cell.lora, f"{path}:1.0"])

@@ -23,9 +23,7 @@ from anidiff_jax.training.state import TrainState
 from anidiff_jax.weights import files
 from anidiff_jax.weights.base import Model
 from anidiff_jax.weights.hub import public_name
-from anidiff_jax.weights.loras import CONFIG as LORA_CONFIG
 from anidiff_jax.weights.loras import save_lora
-from anidiff_jax.weights.merge import WEIGHTS
 from anidiff_jax.weights.tree import Tree, flatten, is_motion, merge, split
 
 
@@ -151,7 +149,7 @@ def save_unet_part(trained: Tree, frozen_unet: Tree, model: Model, out: Path, he
         weights, config = whole, unet_json(model)
     weights = jax.tree.map(lambda x: x.astype("float32", copy=False), weights)
     files.save_json(config, out / "config.json")
-    files.save(weights, out / WEIGHTS, header)
+    files.save(weights, out / files.WEIGHTS, header)
 
 
 def unet_json(model: Model) -> dict[str, Any]:
@@ -175,15 +173,3 @@ def unet_json(model: Model) -> dict[str, Any]:
         "temporal_transformer_layers_per_mid_block": adapter["motion_transformer_layers_per_mid_block"],
         "use_motion_mid_block": adapter["use_motion_mid_block"],
     }
-
-
-def kind_of(folder: Path) -> str:
-    """What a checkpoint holds: "lora", "motion_adapter" or "unet"; a UserError where it is no checkpoint."""
-    if not folder.is_dir():
-        raise UserError(f"ckpt_dir {folder} does not exist: give a folder such as output/ad-…/checkpoints/iter-100")
-    if (folder / LORA_CONFIG).is_file():
-        return "lora"
-    if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():
-        return "unet" if (files.read_json(folder / "config.json").get("_class_name") or "").startswith("UNet") else "motion_adapter"
-    inside = sorted((p.name for p in folder.glob("**/iter-*") if p.is_dir()), key=lambda name: int(name[5:]) if name[5:].isdigit() else -1)
-    raise UserError(f"ckpt_dir {folder} is not a checkpoint" + (f": give the folder {inside[-1]} inside it" if inside else ""))

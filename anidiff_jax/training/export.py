@@ -5,10 +5,10 @@ from pathlib import Path
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import UserError
-from anidiff_jax.training.checkpoint import kind_of
 from anidiff_jax.weights import files
 from anidiff_jax.weights.base import EMBEDDED
 from anidiff_jax.weights.hub import public_name, resolve
+from anidiff_jax.weights.kinds import kind_of_checkpoint
 from anidiff_jax.weights.loras import adapts
 from anidiff_jax.weights.merge import merged_adapter, write_adapter, write_original
 from anidiff_jax.weights.sources import base_source
@@ -39,7 +39,7 @@ def export(checkpoint: Path, config: TrainConfig) -> list[Path]:
 
 def _of_images(checkpoint: Path) -> bool:
     """Whether a checkpoint holds layers of the image model alone; UserError where it holds both."""
-    kind = kind_of(checkpoint)
+    kind = kind_of_checkpoint(checkpoint)
     if kind == "motion_adapter":
         return False
     names = adapts(checkpoint) if kind == "lora" else list(files.tensors_in(checkpoint))
@@ -52,7 +52,7 @@ def _of_images(checkpoint: Path) -> bool:
 def _image_model(checkpoint: Path, config: TrainConfig) -> list[Path]:
     if config.export == "original":
         raise UserError(f"{checkpoint} holds layers of the image model, for which the original's naming has no form: --export diffusers")
-    kind, target = kind_of(checkpoint), checkpoint.parent.parent / "export" / "base"
+    kind, target = kind_of_checkpoint(checkpoint), checkpoint.parent.parent / "export" / "base"
     base = EMBEDDED if config.model_id_or_path is None else resolve(config.model_id_or_path, config.model_revision, config.hub)
     local = lambda given: None if given is None else resolve(given, hub=config.hub)
     source = base_source(base, local(config.vae_path), local(config.text_encoder_path), checkpoint if kind == "unet" else None)
@@ -65,7 +65,7 @@ def _image_model(checkpoint: Path, config: TrainConfig) -> list[Path]:
 
 def _motion_modules(checkpoint: Path, config: TrainConfig) -> list[Path]:
     folder, adapter, loras = checkpoint.parent.parent / "export", checkpoint, []
-    if kind_of(checkpoint) == "lora":
+    if kind_of_checkpoint(checkpoint) == "lora":
         loras, adapter = [*_folded(config, of_motion=True), (checkpoint, 1.0)], EMBEDDED / "motion_adapter"
         if config.motion_adapter_id_or_path is None and config.model_id_or_path is not None:
             raise UserError(f"{config.model_id_or_path} brought its own motion modules: merge the LoRA into them by convert/export_*.py")

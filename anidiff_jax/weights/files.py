@@ -20,10 +20,12 @@ from anidiff_jax.weights.hashes import hash_of, spread
 from anidiff_jax.weights.tensors import Tensor, numpy_type, tensors_of, write_tensors
 from anidiff_jax.weights.tree import Flat, Tree, flatten, unflatten
 
+STEM = "diffusion_pytorch_model"  # of the files of a UNet, a VAE or motion modules
+WEIGHTS = f"{STEM}.safetensors"
 PICKLED_STEMS = {"model": "pytorch_model"}  # transformers' name of a pickle
 
 
-def tensors_in(folder: Path, stem: str = "diffusion_pytorch_model") -> dict[str, Tensor]:
+def tensors_in(folder: Path, stem: str = STEM) -> dict[str, Tensor]:
     """Every tensor of a folder in diffusers layout: one file or shards, safetensors before pickles, plain before variant fp16."""
     for kind, stems in ((".safetensors", (stem,)), (".bin", (stem, PICKLED_STEMS.get(stem, stem)))):
         for variant in ("", ".fp16"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights import ldm, loras, store
-from anidiff_jax.weights.files import read_json
+from anidiff_jax.weights.files import WEIGHTS, read_json
 from anidiff_jax.weights.original import INSIDE
 from anidiff_jax.weights.tensors import PICKLES, Tensor, metadata_of, tensors_of
 
@@ -198,3 +198,15 @@ def _lora(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind:
     notes = [f"adapts {' and '.join(places)}", f"rank {', '.join(str(r) for r, _ in ranks.most_common(3))}"]
     version = "motion LoRA" if motion == len(keys) else "domain adapter" if naming == "original" and not motion else ""
     return Kind(LORA, naming, version, tensors=tensors, notes=notes)
+
+
+def kind_of_checkpoint(folder: Path) -> str:
+    """What a checkpoint holds: "lora", "motion_adapter" or "unet"; a UserError where it is no checkpoint."""
+    if not folder.is_dir():
+        raise UserError(f"ckpt_dir {folder} does not exist: give a folder such as output/ad-…/checkpoints/iter-100")
+    if (folder / loras.CONFIG).is_file():
+        return "lora"
+    if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():
+        return "unet" if (read_json(folder / "config.json").get("_class_name") or "").startswith("UNet") else "motion_adapter"
+    inside = sorted((p.name for p in folder.glob("**/iter-*") if p.is_dir()), key=lambda name: int(name[5:]) if name[5:].isdigit() else -1)
+    raise UserError(f"ckpt_dir {folder} is not a checkpoint" + (f": give the folder {inside[-1]} inside it" if inside else ""))

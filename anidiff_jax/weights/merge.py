@@ -17,8 +17,6 @@ from anidiff_jax.weights.sources import motion_source
 from anidiff_jax.weights.tensors import Tensor, write_tensors
 from anidiff_jax.weights.tree import Tree, flatten, is_motion, unflatten
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
 
 def merged_folder(checkpoint: Path) -> Path:
     """<checkpoint>-merged, beside it."""
@@ -92,7 +90,7 @@ def write_adapter(tensors: Mapping[str, Tensor], raw: Mapping, target: Path, hea
     groups = raw.get("motion_norm_num_groups") or raw.get("norm_num_groups") or 32
     config = motion_config(raw, {key: tensor.shape for key, tensor in tensors.items()}, groups, str(target)).to_json()
     files.save_json(config, target / "config.json")
-    write_tensors(tensors, target / WEIGHTS, header)
+    write_tensors(tensors, target / files.WEIGHTS, header)
 
 
 def write_original(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None) -> None:
