@@ -49,7 +49,7 @@ class Studio:
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, ROOT / "studio.py", "--port", port, "--models", folder / "models", "--runs", self.runs,
                    "--output_path", self.made, "--queue", QUEUE, "--max_upload", "1mb", *words]  # fmt: skip
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.log = (folder / "log").open("w")
         self.process = subprocess.Popen([str(word) for word in command], stdout=self.log, stderr=self.log, cwd=folder, env=environment)
         for _ in range(600):
@@ -386,8 +386,15 @@ def test_a_run_is_watched_while_it_trains(studio, browser):
     report.file.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("name", "width", "height"), [("desktop", 1280, 900), ("phone", 390, 844)])
+@pytest.mark.parametrize(
+    ("name", "width", "height", "scheme"),
+    [
+        ("desktop", 1280, 900, "light"),
+        ("phone", 390, 844, "dark"),
+        pytest.param("desktop", 1280, 900, "dark", marks=pytest.mark.soak),
+        pytest.param("phone", 390, 844, "light", marks=pytest.mark.soak),
+    ],
+)
 def test_each_tab_fits_the_screen(studio, browser, tmp_path, name, width, height, scheme):
     folder = Path(os.environ.get("STUDIO_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 
 from anidiff_jax.shapes.clips import write_clips
 from anidiff_jax.training.runs import LOG
-from tests.conftest import CACHE
+from tests.conftest import CACHE, QUICKLY
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -30,8 +30,9 @@ def short_run(base: Path, adapter: Path, clips: Path, updates: int) -> list[str]
 
 
 def start(*words, devices: int = 1) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(CACHE)}
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICKLY}"
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {**os.environ, **cache, "XLA_FLAGS": flags}
     line = [sys.executable, str(ROOT / "train.py"), *map(str, words)]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
