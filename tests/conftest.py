@@ -4,8 +4,9 @@ import os
 import threading
 from pathlib import Path
 
+from tests import QUICKLY
+
 # Four devices; and programs that are compiled quickly rather than well, since most are run once on tiny shapes.
-QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 {QUICKLY}"
 
 import jax

@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 
 from anidiff_jax.shapes.clips import write_clips
 from anidiff_jax.training.runs import LOG
-from tests.conftest import CACHE, QUICKLY
+from tests import QUICKLY
+from tests.conftest import CACHE
 
 ROOT = Path(__file__).parent.parent.parent
 
