@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 POSITIONS_AT_ONCE = 1024  # of Winograd's tiles, which are four times the input: so they stay in the cache
+POSITIONS_OF_A_BAND = 4096  # larger frames are taken in bands of rows
 
 
 def convolve(x, weight, stride: int, padding, precision):
@@ -37,7 +38,7 @@ def choose(height: int, width: int, inputs: int, outputs: int, dtype) -> str:
         return "xla"
     if positions < 64:
         return "patches"
-    return "winograd" if height % 2 == width % 2 == 0 and positions <= 4096 else "xla"
+    return "winograd" if height % 2 == width % 2 == 0 and positions <= 4 * POSITIONS_OF_A_BAND else "xla"
 
 
 _plain = jax.custom_vjp(_xla, nondiff_argnums=(2, 3, 4))
@@ -86,11 +87,20 @@ def _winograd_of_all(x, weight):
     of all tiles is a product of (tiles, in) and (in, out) for each of the 16 places in a tile.
     """
     n, h, w, c = x.shape
-    frames = max(1, POSITIONS_AT_ONCE // (h * w))
     weight_tiles = jnp.matmul(jnp.asarray(_WEIGHT), weight.reshape(9, -1), precision="highest").reshape(16, c, -1)
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    if h * w > POSITIONS_OF_A_BAND:
+        rows = next(r for r in range(max(2, POSITIONS_OF_A_BAND // w // 2 * 2), 0, -2) if h % r == 0)
+
+        def band(i):  # with the row above and the row below
+            part = jax.lax.dynamic_slice(x, (i // (h // rows), i % (h // rows) * rows, 0, 0), (1, rows + 2, w + 2, c))
+            return _winograd(part, weight_tiles)
+
+        return jax.lax.map(band, jnp.arange(n * h // rows)).reshape(n, h, w, -1)
+    frames = max(1, POSITIONS_AT_ONCE // (h * w))
     if frames >= n or n % frames:
         return _winograd(x, weight_tiles)
-    return jax.lax.map(lambda part: _winograd(part, weight_tiles), x.reshape(-1, frames, h, w, c)).reshape(n, h, w, -1)
+    return jax.lax.map(lambda part: _winograd(part, weight_tiles), x.reshape(-1, frames, *x.shape[1:])).reshape(n, h, w, -1)
 
 
 def _winograd_forward(x, weight):
@@ -115,8 +125,8 @@ winograd = jax.jit(_winograd_either_way)
 
 
 def _winograd(x, weight_tiles):
-    n, h, w, c = x.shape
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    """x (n, h + 2, w + 2, c), padded."""
+    n, h, w, c = x.shape[0], x.shape[1] - 2, x.shape[2] - 2, x.shape[3]
     tiles = jnp.stack([column for row in _input_lines(x, 1) for column in _input_lines(row, 2)])  # (16, n, h/2, w/2, c)
     products = jnp.matmul(tiles.reshape(16, -1, c), weight_tiles, precision="highest")
     rows = _output_lines(*products.reshape(4, 4, n, h // 2, w // 2, -1))

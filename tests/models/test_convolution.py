@@ -14,7 +14,8 @@ SAME = ((1, 1), (1, 1))
 
 
 @pytest.mark.parametrize(
-    ("frames", "height", "width", "form"), [(3, 5, 7, "patches"), (2, 8, 10, "winograd"), (8, 32, 16, "winograd"), (3, 9, 12, "xla")]
+    ("frames", "height", "width", "form"),
+    [(3, 5, 7, "patches"), (2, 8, 10, "winograd"), (8, 32, 16, "winograd"), (2, 66, 64, "winograd"), (3, 9, 12, "xla")],
 )
 def test_every_form_equals_torch(frames, height, width, form):
     rng = np.random.default_rng(0)
