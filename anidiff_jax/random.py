@@ -45,7 +45,7 @@ def _places(shape):
 
 def _random_bits(key, bits, shape):
     if bits != 32:
-        raise NotImplementedError(f"quick keys draw 32 bits at a time, not {bits}")
+        raise ValueError(f"quick keys draw 32 bits at a time, not {bits}")
     return _hashed(key, _places(shape))
 
 

@@ -115,8 +115,7 @@ def vae_of(shape: Shape) -> AutoencoderKL:
 
 def vae_encode(shape: Shape) -> Run:
     vae = vae_of(shape)
-    frames = np.random.default_rng(2).integers(0, 256, (shape.frames, shape.size, shape.size, 3), np.uint8)
-    x = (torch.tensor(frames).permute(0, 3, 1, 2) / 127.5 - 1).to(DEVICE, getattr(torch, shape.dtype))
+    x = (torch.tensor(clips(shape, 1)[0][0]).permute(0, 3, 1, 2) / 127.5 - 1).to(DEVICE, getattr(torch, shape.dtype))
     part = lambda p: vae.encode(p).latent_dist.mode().float().cpu() * vae.config.scaling_factor
     return lambda: torch.cat([no_grad(lambda p=p: part(p)) for p in x.split(4)]).permute(0, 2, 3, 1).numpy()
 

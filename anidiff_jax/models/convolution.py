@@ -15,6 +15,7 @@ import numpy as np
 
 POSITIONS_AT_ONCE = 1024  # of Winograd's tiles, which are four times the input: so they stay in the cache
 POSITIONS_OF_A_BAND = 4096  # larger frames are taken in bands of rows
+MOST_POSITIONS = 4 * POSITIONS_OF_A_BAND  # of a frame; where there are more, channels are few, and Winograd loses
 
 
 def convolve(x, weight, stride: int, padding, precision):
@@ -38,7 +39,7 @@ def choose(height: int, width: int, inputs: int, outputs: int, dtype) -> str:
         return "xla"
     if positions < 64:
         return "patches"
-    return "winograd" if height % 2 == width % 2 == 0 and positions <= 4 * POSITIONS_OF_A_BAND else "xla"
+    return "winograd" if height % 2 == width % 2 == 0 and positions <= MOST_POSITIONS else "xla"
 
 
 _plain = jax.custom_vjp(_xla, nondiff_argnums=(2, 3, 4))
