@@ -8,7 +8,7 @@ from pathlib import Path
 
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights import ldm, loras, store
-from anidiff_jax.weights.files import WEIGHTS, read_json
+from anidiff_jax.weights.files import STEM, WEIGHTS, read_json
 from anidiff_jax.weights.original import INSIDE
 from anidiff_jax.weights.tensors import PICKLES, Tensor, metadata_of, tensors_of
 
@@ -72,7 +72,7 @@ def _of_folder(path: Path) -> Kind:
         return _of_folder(path / "motion_adapter")
     if (path / "config.json").is_file():
         name = str(read_json(path / "config.json").get("_class_name") or "")
-        found = of_tensors(store.tensors_in(path, "model" if name.startswith("CLIP") else "diffusion_pytorch_model"), path)
+        found = of_tensors(store.tensors_in(path, "model" if name.startswith("CLIP") else STEM), path)
         if name and not any(word in name for word in ("UNet", "Motion", "Autoencoder", "CLIP")):
             return Kind(name, "diffusers", supported=False)
         return found

@@ -17,7 +17,7 @@ from anidiff_jax.weights.tree import Flat
 
 ORBAX = "params"  # name of the folder of arrays inside a component's folder: several checkpoints, none of which holds more than
 GROUP = 2**28  # bytes, or one tensor: Orbax needs several times as much memory as it writes or reads
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}  # of a component's files
+STEMS = {"unet": files.STEM, "vae": files.STEM, "text_encoder": "model"}  # of a component's files
 PARTS = tuple(STEMS)
 
 
