@@ -19,9 +19,21 @@ def attend(q, k, v, kind: str = "auto", causal: bool = False):
     if kind == "auto" or (kind == "cudnn" and q.shape[-1] > fused_limit()):
         kind = choose(q.shape[1], k.shape[1], q.shape[-1], q.dtype)
     if kind == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-
+        return _fused(q, k, v, causal)
     return _attend(q, k, v, kind == "chunked", causal)
+
+
+def _fused(q, k, v, causal: bool):
+    """cuDNN's kernel. JAX refuses its gradient at odd lengths, such as a text's 77 tokens: those get one more, which nothing looks at."""
+    length, odd = q.shape[1], lambda x: x.shape[1] % 2
+    if not odd(q) and not odd(k):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    even = lambda x: jnp.pad(x, ((0, 0), (0, odd(x)), (0, 0), (0, 0)))
+    lengths = lambda x: jnp.where(x[:, 0, 0, 0] == 0, x.shape[1], x.shape[1])  # a constant, but one that vmap batches as it does x
+    attended = jax.nn.dot_product_attention(
+        even(q), even(k), even(v), is_causal=causal, query_seq_lengths=lengths(q), key_value_seq_lengths=lengths(k), implementation="cudnn"
+    )
+    return attended[:, :length]
 
 
 @partial(jax.jit, static_argnums=(3, 4))  # traced once for each shape, however many layers have that

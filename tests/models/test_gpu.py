@@ -1,0 +1,84 @@
+"""What only a GPU computes, as far as it can be seen without one: that its programs come about, and what its fused kernel is given."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+
+from anidiff_jax.models import attention
+from anidiff_jax.models.config import fresh_motion_config, unet_config
+from anidiff_jax.models.init import shapes
+from anidiff_jax.models.layers import Settings
+from anidiff_jax.models.unet import UNet
+from anidiff_jax.random import quick
+
+RAW = {"block_out_channels": (32, 64), "attention_head_dim": 4, "cross_attention_dim": 24, "layers_per_block": 1, "norm_num_groups": 8}
+CROSS = {
+    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Our code and JAX's take this machine for one with a Hopper GPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "fused_limit", lambda: 256)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda least: float(least) <= 9.0)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """JAX's own attention in the kernel's place, which takes even lengths only; gives the lengths that it saw."""
+    real, seen = jax.nn.dot_product_attention, []
+
+    def fused(q, k, v, *, implementation, **how):
+        assert implementation == "cudnn"
+        assert q.shape[1] % 2 == k.shape[1] % 2 == 0
+        seen.append((q.shape[1], k.shape[1]))
+        return real(q, k, v, implementation="xla", **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    monkeypatch.setattr(attention, "fused_limit", lambda: 256)
+    return seen
+
+
+@pytest.mark.parametrize(("queries", "keys", "causal"), [(6, 4, False), (6, 5, False), (7, 4, False), (7, 7, False), (7, 7, True)])
+def test_lengths_that_the_fused_kernel_does_not_take(kernel, queries, keys, causal):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 3, 8), np.float32)) for n in (queries, keys, keys))
+    outer = jnp.asarray(rng.standard_normal(q.shape, np.float32))
+
+    def of(kind):
+        loss = lambda q, k, v: (outer * attention.attend(q, k, v, kind, causal)).sum()
+        each = jax.vmap(lambda *qkv: attention.attend(*(x[None] for x in qkv), kind, causal)[0])(q, k, v)
+        return attention.attend(q, k, v, kind, causal), each, jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-6), of("cudnn"), of("xla"))
+    assert set(kernel) == {(queries + queries % 2, keys + keys % 2)}
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 16), (22, 14)])
+@pytest.mark.parametrize("clips", [1, 2])
+def test_an_update_becomes_a_program_for_a_gpu(gpu, height, width, clips):
+    """bfloat16, the fused kernel, checkpointing, dropout. JAX refuses the kernel's gradient at odd lengths: 77 tokens, 11 × 7 positions."""
+    motion = fresh_motion_config({**RAW, **CROSS}, heads=4, max_frames=8)
+    network = UNet(unet_config({**RAW, **CROSS}, motion), Settings(dtype="bfloat16", remat=True, lora_dropout=0.1))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16"), shapes(network))
+    layer = "down_blocks.0", "motion_modules.0", "transformer_blocks.0", "attn1", "to_q"
+    lora = {"lora_A": {"weight": jax.ShapeDtypeStruct((32, 2), "float32")}, "lora_B": {"weight": jax.ShapeDtypeStruct((2, 32), "float32")}}
+    for name in reversed(layer):
+        lora = {name: lora}
+
+    def loss(lora, params, x, text, keys):
+        ask = lambda x, text, key: network.apply(
+            {"params": params, "lora": lora}, x[None], jnp.array([5]), text[None], rngs={"dropout": quick(key)}
+        )
+        return jax.vmap(ask)(x, text, keys).mean()
+
+    given = [jax.ShapeDtypeStruct((clips, *shape), "float32") for shape in ((8, height, width, 4), (77, 24))]
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), clips))
+    program = jax.jit(jax.grad(loss)).trace(lora, params, *given, keys).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("__cudnn$fmhaSoftmaxBackward") >= 4
