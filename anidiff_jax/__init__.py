@@ -1,5 +1,9 @@
 """anidiff-jax: fine-tune AnimateDiff and sample from it, in JAX and Flax."""
 
+import os
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing: what is used of it needs none
+
 __version__ = "0.1.0"
 
 

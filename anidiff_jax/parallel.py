@@ -30,7 +30,7 @@ def set_up_jax(ddp_backend: str = "nccl", deterministic: bool = False) -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a start fetches some twenty small ones
-    if jax.__version_info__ < (0, 11):  # an XLA that does not know a flag stops the process
+    if jax.__version_info__ < (0, 13):  # known up to 0.12; an XLA that does not know a flag stops the process
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + CPU_FLAGS
     if deterministic:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + GPU_DETERMINISTIC
