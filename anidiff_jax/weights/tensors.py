@@ -111,10 +111,13 @@ def _pickled(path: Path) -> dict[str, Tensor]:
 def _is_plain_zip(path: Path) -> bool:
     """Whether it is an archive. UserError where that is damaged or compressed.
 
-    PyTorch stores its arrays as they are, so that a compressed one is not PyTorch's, and may be larger than any memory.
+    PyTorch stores its arrays as they are, so that a compressed one is not PyTorch's, and may be larger than any memory. It takes for an
+    archive what begins like one, even where Python's zipfile, by version, calls that none.
     """
     try:
-        if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            begins = file.read(4) == b"PK\x03\x04"
+        if not begins and not zipfile.is_zipfile(path):
             return False
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
