@@ -108,9 +108,9 @@ def clips(shape: Shape, batch: int) -> tuple[np.ndarray, np.ndarray]:
     return pixels, rng.integers(0, TEXT["vocab_size"], (batch, 77), np.int32)
 
 
-def draws() -> Path:
+def draws(shape: Shape, batch: int) -> Path:
     """Where our side of a training step writes what it drew: timesteps, noise, and the noise in the VAE's posterior."""
-    return WORK / "draws.npz"
+    return WORK / f"draws-{shape.size}-{shape.frames}-{batch}.npz"
 
 
 def training_cases(train: Callable) -> dict[str, Callable[[Shape], Any]]:

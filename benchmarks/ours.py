@@ -1,5 +1,6 @@
 """anidiff-jax's side of the benchmarks: each case prepares something, and gives a function to time that returns what it computed."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,11 @@ def start() -> dict[str, Any]:
     set_up_jax()
     jax.config.update("jax_enable_compilation_cache", False)
     return {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "platform": jax.devices()[0].platform}
+
+
+def forget() -> None:
+    """Lets go of the case before. What a device held at most includes it: cases that need more come later."""
+    gc.collect()
 
 
 def peak_device_gb() -> float | None:
@@ -121,7 +127,7 @@ def train(shape: Shape, kind: str, remat: bool, batch: int = 1, cached: bool = T
     split = [jax.random.split(key[1], 3) for key in keys]
     noise = lambda keys: np.stack([jax.random.normal(key, x.shape[1:]) for key in keys])
     steps = [int(jax.random.randint(key[0], (), 0, 1000)) for key in split]
-    np.savez(draws(), timesteps=steps, noise=noise([key[1] for key in split]), posterior=noise([key[0] for key in keys]))
+    np.savez(draws(shape, batch), timesteps=steps, noise=noise([key[1] for key in split]), posterior=noise([key[0] for key in keys]))
     count = train_flops(task, trained, frozen, x, text) + (0 if cached else batch * encode_flops(shape))
     update = data_parallel(make_update(task, optimizer), jax.local_devices()[:1])
     state, frozen = replicate(TrainState.create(trained, optimizer)), replicate(frozen)

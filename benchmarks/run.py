@@ -2,10 +2,12 @@
 
     make bench                                                     # the suite of this machine's kind
     python benchmarks/run.py --suite cpu --only forward vae_decode # some cases, float32, 256² × 16 frames
-    python benchmarks/run.py --suite gpu                           # bfloat16, 256² and 512² × 16 frames; ten minutes on an H100
+    python benchmarks/run.py --suite gpu                           # sampling: bfloat16, 512² × 16 frames
+    python benchmarks/run.py --suite gpu_training                  # updates: bfloat16, 256² and 512² × 16 frames
 
-Each side of a case runs in a process of its own, the sides alternating, --rounds times; the first call of a process is not counted. Both
-get the same weights and inputs, and what they compute is compared. Floating-point operations are counted from our model, for both sides
+Each side of a case runs in a process of its own, the sides alternating, --rounds times; the first call of a case is not counted. On a GPU,
+where compiling takes longer than what is measured, a process takes all cases of a size, those first that need less memory. Both sides get
+the same weights and inputs, and what they compute is compared. Floating-point operations are counted from our model, for both sides
 alike, and set against the machine's own peak: the faster of the two sides' products of large matrices. Results: one JSON a case in
 benchmarks/results/, and all of a suite as a table in benchmarks/results/<suite>.md. Needs pip install -e '.[test]'.
 """
@@ -19,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,45 +32,49 @@ sys.path.insert(0, str(HERE.parent))
 from benchmarks.full_size import WORK, Shape, make_model  # noqa: E402
 
 RESULTS = HERE / "results"
+GPU = {"dtype": "bfloat16", "sides": ["ours", "theirs", "theirs_compiled"], "repeats": 5, "rounds": 1, "together": True}
 SUITES = {
     "cpu": {
-        "sizes": [256], "dtype": "float32", "sides": ["ours", "theirs"], "repeats": 2,
+        "sizes": [256], "dtype": "float32", "sides": ["ours", "theirs"], "repeats": 2, "rounds": 2, "together": False,
         "cases": ["matmul", "forward", "cfg_step", "vae_encode", "vae_decode", "train_full_checkpointing", "train_lora_checkpointing"],
     },
-    "gpu": {
-        "sizes": [256, 512], "dtype": "bfloat16", "sides": ["ours", "theirs", "theirs_compiled"], "repeats": 5,
-        "cases": ["matmul", "forward", "sample_25", "sample_4", "vae_encode", "vae_decode", "train_lora", "train_lora_checkpointing",
-                  "train_full", "train_full_checkpointing", "train_lora_4"],
-    },
+    "gpu": {**GPU, "sizes": [512], "cases": ["matmul", "vae_encode", "vae_decode", "sample_4", "sample_25"]},
+    "gpu_training": {**GPU, "sizes": [256, 512], "cases": ["train_lora_checkpointing", "train_full_checkpointing"]},
 }  # fmt: skip
 NAMES = {"ours": "anidiff-jax", "theirs": "PyTorch diffusers", "theirs_compiled": "the same, torch.compile"}
 
 
-def measure(side: str, case: str, shape: Shape, repeats: int) -> dict:
-    """One side of one case in this process: {seconds of each call, first call, peaks, operations}; what it computed goes to a file."""
+def measure(side: str, cases: list[str], shape: Shape, repeats: int) -> Iterator[dict]:
+    """One side of cases in this process: {seconds of each call, first call, peaks, operations}; what it computed goes to a file."""
     if side == "ours":
         from benchmarks import ours as module
 
         versions = module.start()
-        idle, begun = peak_gb(), time.perf_counter()
-        run, flops = module.CASES[case](shape)
     else:
         from benchmarks import theirs as module
 
-        versions, flops = module.start(side == "theirs_compiled"), None
+        versions = module.start(side == "theirs_compiled")
+    for case in cases:
+        module.forget()
         idle, begun = peak_gb(), time.perf_counter()
-        run = module.CASES[case](shape)
-    prepared, seconds = time.perf_counter() - begun, []
-    for i in range(repeats + 1):
-        begun = time.perf_counter()
-        output = run()
-        seconds.append(time.perf_counter() - begun)
-        if i == 0:
-            np.save(WORK / f"{side}.npy", np.asarray(output, np.float32))
-    return {
-        "prepare": prepared, "first": seconds[0], "seconds": seconds[1:], "peak_gb": peak_gb() - idle, "flops": flops,
-        "device_gb": module.peak_device_gb(), "versions": versions,
-    }  # fmt: skip
+        made = module.CASES[case](shape)
+        run, flops = made if side == "ours" else (made, None)
+        prepared, seconds = time.perf_counter() - begun, []
+        for i in range(repeats + 1):
+            begun = time.perf_counter()
+            output = run()
+            seconds.append(time.perf_counter() - begun)
+            if i == 0:
+                np.save(output_of(side, case), np.asarray(output, np.float32))
+        yield {
+            "case": case, "prepare": prepared, "first": seconds[0], "seconds": seconds[1:], "peak_gb": peak_gb() - idle, "flops": flops,
+            "device_gb": module.peak_device_gb(), "versions": versions,
+        }  # fmt: skip
+        del made, run, output
+
+
+def output_of(side: str, case: str) -> Path:
+    return WORK / f"{side}-{case}.npy"
 
 
 def peak_gb() -> float:
@@ -78,19 +85,30 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def side_by_side(case: str, shape: Shape, suite: dict, rounds: int) -> dict:
-    """The sides of a case, alternating."""
-    found: dict[str, list[dict]] = {side: [] for side in suite["sides"]}
+def side_by_side(cases: list[str], shape: Shape, suite: dict, rounds: int) -> Iterator[dict]:
+    """The sides of cases, alternating: of each case what was found."""
+    found: dict[tuple[str, str], list[dict]] = {(case, side): [] for case in cases for side in suite["sides"]}
+    for case in cases:
+        for side in suite["sides"]:
+            output_of(side, case).unlink(missing_ok=True)
     for _ in range(rounds):
-        for side in found:
-            words = ["--side", side, "--case", case, "--size", shape.size, "--frames", shape.frames, "--dtype", shape.dtype]
+        for side in suite["sides"]:
+            words = ["--side", side, "--only", *cases, "--size", shape.size, "--frames", shape.frames, "--dtype", shape.dtype]
             words += ["--repeats", suite["repeats"]]
-            done = subprocess.run([sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
-            if done.returncode:
-                print(f"{case}: {side} failed with {done.returncode}", flush=True)
-                continue
-            found[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{case}, {shape.size}², {side}:", " ".join(f"{s:.3f}" for s in found[side][-1]["seconds"]), "s", flush=True)
+            process = subprocess.Popen([sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("{"):
+                    run = json.loads(line)
+                    found[run["case"], side].append(run)
+                    print(f"{run['case']}, {shape.size}², {side}:", " ".join(f"{s:.3f}" for s in run["seconds"]), "s", flush=True)
+            if process.wait():
+                print(f"{' '.join(cases)}: {side} failed with {process.returncode}", flush=True)
+    for case in cases:
+        yield summary(case, shape, {side: found[case, side] for side in suite["sides"]})
+
+
+def summary(case: str, shape: Shape, found: dict[str, list[dict]]) -> dict:
     result = {"case": case, "shape": vars(shape), "load": round(os.getloadavg()[0], 1), "sides": {}, "versions": {}}
     flops = next((run["flops"] for run in found["ours"] if run["flops"]), None)
     for side, runs in found.items():
@@ -105,9 +123,8 @@ def side_by_side(case: str, shape: Shape, suite: dict, rounds: int) -> dict:
             "first": min(run["first"] for run in runs), "memory_gb": memory, "tflops": flops / median / 1e12 if flops else None,
         }  # fmt: skip
     result["flops"] = flops
-    outputs = {side: np.load(WORK / f"{side}.npy") for side in result["sides"]}
-    if case != "matmul" and {"ours", "theirs"} <= outputs.keys():
-        ours, theirs = outputs["ours"], outputs["theirs"]
+    if case != "matmul" and {"ours", "theirs"} <= result["sides"].keys():
+        ours, theirs = (np.load(output_of(side, case)) for side in ("ours", "theirs"))
         result["difference"] = float(np.abs(ours - theirs).max() / np.abs(theirs).max())
     return result
 
@@ -148,27 +165,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, help="not given: that of this machine")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="some cases, those outside the suite too")
-    parser.add_argument("--rounds", type=int, default=2, help="alternations of the sides")
-    for name, of in (("side", str), ("case", str), ("size", int), ("frames", int), ("dtype", str), ("repeats", int)):
+    parser.add_argument("--rounds", type=int, help="alternations of the sides; not given: the suite's")
+    for name, of in (("side", str), ("size", int), ("frames", int), ("dtype", str), ("repeats", int)):
         parser.add_argument(f"--{name}", type=of, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps(measure(args.side, args.case, Shape(args.size, args.frames, args.dtype), args.repeats)))
+        for found in measure(args.side, args.only, Shape(args.size, args.frames, args.dtype), args.repeats):
+            print(json.dumps(found), flush=True)
         return
     make_model()
     suite = args.suite or ("gpu" if has_gpu() else "cpu")
     settings = SUITES[suite]
     sizes = [args.size] if args.size else settings["sizes"]
     RESULTS.mkdir(exist_ok=True)
+    cases = args.only or settings["cases"]
     for size in sizes:
-        for case in args.only or settings["cases"]:
+        for together in [cases] if settings["together"] else [[case] for case in cases]:
             shape = Shape(size, args.frames or 16, args.dtype or settings["dtype"])
-            result = {**side_by_side(case, shape, settings, args.rounds), "machine": machine()}
-            if result["sides"]:
-                other = "".join(f"-{value}" for value in (args.frames, args.dtype) if value)
-                (RESULTS / f"bench-{suite}{'-other' if other else ''}-{case}-{size}{other}.json").write_text(
-                    json.dumps(result, indent=2) + "\n"
-                )
+            for result in side_by_side(together, shape, settings, args.rounds or settings["rounds"]):
+                if result["sides"]:
+                    other = "".join(f"-{value}" for value in (args.frames, args.dtype) if value)
+                    name = f"bench-{suite}{'-other' if other else ''}-{result['case']}-{size}{other}.json"
+                    (RESULTS / name).write_text(json.dumps({**result, "machine": machine()}, indent=2) + "\n")
     text = table(suite)
     (RESULTS / f"{suite}.md").write_text(text)
     print(text)

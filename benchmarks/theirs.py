@@ -1,5 +1,6 @@
 """PyTorch diffusers' side of the benchmarks, at its best: scaled dot product attention, channels_last, on GPUs torch.compile too."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,15 @@ def start(compiled: bool = False) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = True
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     return {"torch": torch.__version__, "diffusers": diffusers.__version__, "device": device}
+
+
+def forget() -> None:
+    """Lets go of the case before; another shape is not taken for a reason to compile for any shape."""
+    gc.collect()
+    torch.compiler.reset()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_device_gb() -> float | None:
@@ -146,7 +156,7 @@ def train(shape: Shape, kind: str, remat: bool, batch: int = 1, cached: bool = T
     unet.train()
     chosen = [p for p in unet.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(chosen, lr=1e-4, weight_decay=0.01, fused=DEVICE == "cuda")
-    drawn = np.load(draws())
+    drawn = np.load(draws(shape, batch))
     channels = lambda x: torch.tensor(x).permute(0, 4, 1, 2, 3).to(DEVICE)  # b f h w c -> b c f h w
     timesteps, noise, posterior = torch.tensor(drawn["timesteps"], device=DEVICE), channels(drawn["noise"]), channels(drawn["posterior"])
     known = given(shape, batch, batch)
