@@ -2,7 +2,7 @@
 
     pip install 'jax-cuda13-plugin[with-cuda]'     # of jax's own version; 4 GB
     python benchmarks/compiled.py                  # some minutes
-    python benchmarks/compiled.py --only lora full_512
+    python benchmarks/compiled.py --only lora_256 full_512
 
 Full size (SD 1.5, v2 adapter), bfloat16, 16 frames. Of each program: what stays on the device (weights, optimizer's state, inputs), the
 temporary memory, their sum; how many kernels there are, and how many bytes they read and write, which is what layers that are no products
@@ -79,8 +79,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 Asked = tuple[Callable, tuple[Any, ...], int | None]  # a program, what it takes (shapes), which of these it may overwrite
 
 
-def pretend(device) -> None:
-    """Our code, and JAX's for cuDNN, ask which device there is: from now on this one."""
+def pretend() -> None:
+    """Our code, and JAX's for cuDNN, ask which device there is: from now on an H100."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     jax.default_backend = lambda: "gpu"
@@ -290,7 +290,7 @@ def main() -> None:
     set_up_jax()
     jax.config.update("jax_enable_compilation_cache", False)
     device = topologies.get_topology_desc("1x1x1", "cuda", target_config=H100, topology="1x1x1").devices[0]
-    pretend(device)
+    pretend()
     path = RESULTS / "compiled-h100.json"
     results = json.loads(path.read_text()) if path.exists() else {"programs": {}}
     results |= {"device": device.device_kind, "jax": jax.__version__}
