@@ -12,6 +12,7 @@ Results: benchmarks/results/compiled-h100.json and .md.
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -104,15 +105,16 @@ def array(*shape: int, dtype="float32") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def sampling_step(size: int, guided: bool = True, dtype: str = "bfloat16") -> Asked:
+def sampling_step(size: int, guided: bool = True, dtype: str = "bfloat16", attention: str = "auto") -> Asked:
     """A step of ddim with guidance, or without."""
-    unet, side = networks(Settings(dtype=dtype)).unet, size // 8
+    unet, side = networks(Settings(dtype=dtype, attention=attention)).unet, size // 8
     row = jax.tree.map(lambda v: v[0], solvers.table(NoiseSchedule(), "ddim", 25).rows)
-    step = lambda params, numbers, turn, state, text: one_step(
-        Program(unet), {"params": params}, numbers, turn, state, text, None, None
-    )  # fmt: skip
     turn = Turn(array(dtype="int32"), row, array(1, dtype="int32"), array(2))
     given = (weights(unet, dtype), numbers_of(7.5, Guidance()), turn, array(1, FRAMES, side, side, 4), array(1 + guided, 77, 768))
+
+    def step(params, numbers, turn, state, text):
+        return one_step(Program(unet), {"params": params}, numbers, turn, state, text, None, None)
+
     return step, given, 3
 
 
@@ -159,6 +161,7 @@ PROGRAMS: dict[str, Callable[[], Asked]] = {
     "guidance_step_512": partial(sampling_step, 512),
     "step_512": partial(sampling_step, 512, guided=False),
     "guidance_step_512_float32": partial(sampling_step, 512, dtype="float32"),
+    "guidance_step_512_unfused": partial(sampling_step, 512, attention="xla"),
     "decode_512": partial(decoding, 512),
     "encode_256": partial(encoding, 256),
     "lora_256": partial(training, "lora", 256),
@@ -214,8 +217,8 @@ def kernels_of(text: str) -> dict[str, tuple[int, int]]:
     sizes: dict[str, int] = {}
     found: Counter = Counter()
     moved: Counter = Counter()
-    free = {"parameter", "bitcast", "get-tuple-element", "tuple", "constant", "while", "conditional", "call"}
-    called = [line for line in text.splitlines() if any(f" {word}(" in line for word in ("while", "conditional", "call"))]
+    free = {"parameter", "bitcast", "get-tuple-element", "tuple", "constant", "while", "call"}
+    called = [line for line in text.splitlines() if " while(" in line or " call(" in line]
     bodies = set(re.findall(r"(?:body|condition|to_apply)=%([\w.\-]+)", "\n".join(called)))
     for block in text.split("\n\n"):
         head = block.lstrip().split(" ", 2)
@@ -249,13 +252,9 @@ def kind_of(operation: str, name: str, rest: str) -> str:
 
 
 def size_of(kind: str) -> int:
-    total = 0
-    for name, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", kind):
-        count = 1
-        for dim in filter(None, dims.split(",")):
-            count *= int(dim)
-        total += count * BYTES.get(name, 0)
-    return total
+    """Bytes of a type, or of all in a tuple of types."""
+    arrays = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", kind)
+    return sum(BYTES.get(name, 0) * math.prod(map(int, filter(None, dims.split(",")))) for name, dims in arrays)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
     make bench                                                     # the suite of this machine's kind
     python benchmarks/run.py --suite cpu --only forward vae_decode # some cases, float32, 256² × 16 frames
     python benchmarks/run.py --suite gpu                           # sampling: bfloat16, 512² × 16 frames
-    python benchmarks/run.py --suite gpu_training                  # updates: bfloat16, 256² and 512² × 16 frames
+    python benchmarks/run.py --suite gpu_training                  # updates with checkpointing: bfloat16, 256² and 512² × 16 frames
+    python benchmarks/run.py --suite gpu_training --size 512 --only train_lora # one without
 
 Each side of a case runs in a process of its own, the sides alternating, --rounds times; the first call of a case is not counted. On a GPU,
 where compiling takes longer than what is measured, a process takes all cases of a size, those first that need less memory. Both sides get
@@ -168,7 +169,8 @@ def main() -> None:
     parser.add_argument("--suite", choices=SUITES, help="not given: that of this machine")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="some cases, those outside the suite too")
     parser.add_argument("--rounds", type=int, help="alternations of the sides; not given: the suite's")
-    for name, of in (("side", str), ("size", int), ("frames", int), ("dtype", str), ("repeats", int)):
+    parser.add_argument("--size", type=int, help="pixels a side; not given: the suite's sizes")
+    for name, of in (("side", str), ("frames", int), ("dtype", str), ("repeats", int)):
         parser.add_argument(f"--{name}", type=of, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:

@@ -12,12 +12,12 @@ from anidiff_jax.models.init import shapes
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.unet import UNet
 from anidiff_jax.random import quick
+from anidiff_jax.weights.tree import unflatten
 
-RAW = {"block_out_channels": (32, 64), "attention_head_dim": 4, "cross_attention_dim": 24, "layers_per_block": 1, "norm_num_groups": 8}
-CROSS = {
-    "down_block_types": ("CrossAttnDownBlock2D",) * 2,
-    "up_block_types": ("CrossAttnUpBlock2D",) * 2,
-}
+RAW = {
+    "attention_head_dim": 4, "block_out_channels": (32, 64), "cross_attention_dim": 24, "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+    "layers_per_block": 1, "norm_num_groups": 8, "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -64,13 +64,12 @@ def test_lengths_that_the_fused_kernel_does_not_take(kernel, queries, keys, caus
 @pytest.mark.parametrize("clips", [1, 2])
 def test_an_update_becomes_a_program_for_a_gpu(gpu, height, width, clips):
     """bfloat16, the fused kernel, checkpointing, dropout. JAX refuses the kernel's gradient at odd lengths: 77 tokens, 11 × 7 positions."""
-    motion = fresh_motion_config({**RAW, **CROSS}, heads=4, max_frames=8)
-    network = UNet(unet_config({**RAW, **CROSS}, motion), Settings(dtype="bfloat16", remat=True, lora_dropout=0.1))
+    network = UNet(
+        unet_config(RAW, fresh_motion_config(RAW, heads=4, max_frames=8)), Settings(dtype="bfloat16", remat=True, lora_dropout=0.1)
+    )
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16"), shapes(network))
-    layer = "down_blocks.0", "motion_modules.0", "transformer_blocks.0", "attn1", "to_q"
-    lora = {"lora_A": {"weight": jax.ShapeDtypeStruct((32, 2), "float32")}, "lora_B": {"weight": jax.ShapeDtypeStruct((2, 32), "float32")}}
-    for name in reversed(layer):
-        lora = {name: lora}
+    layer = "down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q"
+    lora = unflatten({f"{layer}.lora_{x}.weight": jax.ShapeDtypeStruct(s, "float32") for x, s in (("A", (32, 2)), ("B", (2, 32)))})
 
     def loss(lora, params, x, text, keys):
         ask = lambda x, text, key: network.apply(
