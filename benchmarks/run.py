@@ -157,9 +157,10 @@ def table(suite: str) -> str:
                 f"| {s['first'] + s['prepare']:.0f} s | {rate} | {of_peak} | {speed} | {different} |"
             )
     lines += [
-        "", "Memory: the process's highest mark above what its libraries take (on a GPU the device's; ours with the cases before it). First",
-        "call: loading, compiling and the call itself. Speed: the faster of PyTorch's medians through ours. Difference: the largest, of the",
-        "largest value; of training, of the first loss. Of the VAE, ours holds the whole pipeline in memory, PyTorch's side the VAE alone.", "",
+        "", "Memory: the process's highest mark above what its libraries take (on a GPU the device's; ours with the cases before it).",
+        "First call: loading, compiling and the call itself. Speed: the faster of PyTorch's medians through ours. Difference: the",
+        "largest, of the largest value; of training, of the first loss. Of the VAE, ours holds the whole pipeline in memory,",
+        "PyTorch's side the VAE alone.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
