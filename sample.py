@@ -30,7 +30,7 @@ def main() -> None:
 
     from anidiff_jax.loading import load
     from anidiff_jax.parallel import set_up_jax
-    from anidiff_jax.training.report import start_log
+    from anidiff_jax.terminal import start_log
 
     set_up_jax()
     start_log()
@@ -77,7 +77,7 @@ def sample(pipeline, configs: list[SampleConfig]) -> Iterator[Any]:
     import jax
 
     from anidiff_jax.progress import Steps
-    from anidiff_jax.training.report import console
+    from anidiff_jax.terminal import console
 
     made: dict[int, Any] = {}
     groups = iter(together(configs, jax.local_device_count()))

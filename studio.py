@@ -31,7 +31,7 @@ def main() -> None:
         from anidiff_jax.studio.library import Library
         from anidiff_jax.studio.maker import Maker
         from anidiff_jax.studio.page import build, launch
-        from anidiff_jax.training.report import start_log
+        from anidiff_jax.terminal import start_log
 
         set_up_jax()
         start_log()

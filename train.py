@@ -22,7 +22,8 @@ def main() -> None:
     config = parse(TrainConfig)
 
     from anidiff_jax.parallel import data_parallel, is_main, join_cluster, on_one_device, replicate, set_up_jax, split_batch, to_devices
-    from anidiff_jax.training.report import Report, save_data_report, start_log
+    from anidiff_jax.terminal import start_log
+    from anidiff_jax.training.report import Report, save_data_report
 
     set_up_jax(config.ddp_backend, config.deterministic)
     join_cluster(config.coordinator_address, config.num_processes, config.process_id)

@@ -1,5 +1,7 @@
 """Mistakes of the user, as opposed to ours."""
 
+import atexit
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ def read_text(path: Path) -> str:
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script: a user's mistake ends it with one line and exit code 2, an interruption with 130."""
+    atexit.register(gc.freeze)  # else Python looks through all that JAX keeps, once more, to the end: half a second
     try:
         main()
     except UserError as error:

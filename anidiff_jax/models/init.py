@@ -23,14 +23,16 @@ def shapes(network: nn.Module) -> dict[str, Any]:
     if isinstance(network, UNet):
         c = network.config
         side = 2 ** (len(c.down) - 1)
-        inputs: tuple = (jnp.zeros((1, 1, side, side, c.in_channels)), jnp.zeros((1,)), jnp.zeros((1, 1, c.cross_attention_dim)))
+        inputs = [(1, 1, side, side, c.in_channels), (1,), (1, 1, c.cross_attention_dim)]
     elif isinstance(network, AutoencoderKL):
-        inputs = (jnp.zeros((1, network.config.factor, network.config.factor, network.config.in_channels)),)
+        inputs = [(1, network.config.factor, network.config.factor, network.config.in_channels)]
     elif isinstance(network, CLIPTextModel):
-        inputs = (jnp.zeros((1, 1), jnp.int32),)
+        inputs = [(1, 1)]
     else:
         raise TypeError(type(network))
-    return jax.eval_shape(lambda: network.init(jax.random.key(0), *inputs)["params"])
+    kind = jnp.int32 if isinstance(network, CLIPTextModel) else jnp.float32
+    given = [jax.ShapeDtypeStruct(shape, kind) for shape in inputs]
+    return jax.eval_shape(lambda *given: network.init(jax.random.key(0), *given)["params"], *given)
 
 
 def draw(tree: dict[str, Any], seed: int) -> dict[str, Any]:

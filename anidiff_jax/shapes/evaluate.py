@@ -101,7 +101,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from anidiff_jax.parallel import set_up_jax
-    from anidiff_jax.training.report import start_log
+    from anidiff_jax.terminal import start_log
 
     set_up_jax()
     start_log()

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from safetensors.numpy import save, save_file
 
-from anidiff_jax.bars import track
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.data.cache import NO_TEXT, SHARD, LatentCache, shard_name, shards_of
 from anidiff_jax.data.decode import BadVideo, read_whole
@@ -25,6 +24,7 @@ from anidiff_jax.errors import UserError
 from anidiff_jax.models.vae import FRAMES_AT_ONCE, encode_frames
 from anidiff_jax.parallel import is_main, on_each_device, replicate, wait_for_all
 from anidiff_jax.pipeline import AnimateDiffPipeline
+from anidiff_jax.terminal import track
 from anidiff_jax.text import encode_text
 from anidiff_jax.weights import files
 from anidiff_jax.weights.hashes import hash_of

@@ -7,31 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.highlighter import NullHighlighter
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.data.loader import Clips
 from anidiff_jax.parallel import is_main
+from anidiff_jax.terminal import console
 from anidiff_jax.training.runs import DATA, LOG, read_log
 from anidiff_jax.weights.files import save_json
 
-console = Console(stderr=True)
 log = logging.getLogger(__name__)
-
-
-def start_log() -> None:
-    """Our messages to the terminal, above the bar; those of the main process. Call after `set_up_jax`."""
-    handler: logging.Handler = logging.StreamHandler()
-    if console.is_terminal:
-        handler = RichHandler(console=console, show_path=False, show_time=False, markup=False, highlighter=NullHighlighter())
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("anidiff_jax")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO if is_main() else logging.ERROR)
-    logger.propagate = False
 
 
 class Report:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from anidiff_jax.bars import track
 from anidiff_jax.errors import UserError
+from anidiff_jax.terminal import track
 from anidiff_jax.weights import files
 from anidiff_jax.weights.tensors import Tensor, numpy_type
 from anidiff_jax.weights.tree import Flat

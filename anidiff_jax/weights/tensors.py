@@ -6,6 +6,7 @@ Nothing in a file is executed, and no file makes memory grow beyond its own size
 import ctypes
 import json
 import logging
+import math
 import mmap
 import os
 import sys
@@ -20,14 +21,15 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from anidiff_jax.bars import track
 from anidiff_jax.errors import UserError
+from anidiff_jax.terminal import track
 
 log = logging.getLogger(__name__)
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _NUMPY = {  # of safetensors' names
     "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "BOOL": "bool", "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     **{f"I{n}": f"int{n}" for n in (8, 16, 32, 64)},
 }  # fmt: skip
 _THEIRS = {ours: theirs for theirs, ours in _NUMPY.items()}
@@ -55,12 +57,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     if path.suffix.lower() in PICKLES and not _is_safetensors(path):
         return _pickled(path)
     try:
-        with safe_open(path, "numpy") as file:
-            return {
-                key: Tensor(tuple(part.get_shape()), _NUMPY.get(part.get_dtype(), part.get_dtype().lower()), partial(_read, path, key))
-                for key in file.keys()  # noqa: SIM118 (not a dict)
-                for part in [file.get_slice(key)]
-            }
+        with safe_open(path, "numpy"):  # which looks whether it is whole
+            return _listed(path)
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): download or copy it again") from None
     except OSError as error:
@@ -75,10 +73,29 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def _read(path: Path, key: str) -> np.ndarray:
-    """One tensor. The file is opened anew, since an open one keeps every page that was read in memory."""
-    with safe_open(path, "numpy") as file:
-        return file.get_tensor(key)
+def _listed(path: Path) -> dict[str, Tensor]:
+    """The tensors that the header of a whole .safetensors file names."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    found = {}
+    for key, entry in header.items():
+        if key != "__metadata__":
+            shape, dtype = tuple(entry["shape"]), _NUMPY.get(entry["dtype"], entry["dtype"].lower())
+            found[key] = Tensor(shape, dtype, partial(_read, path, key, 8 + length + entry["data_offsets"][0], shape, dtype))
+    return found
+
+
+def _read(path: Path, key: str, start: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """One tensor, from where it lies. safetensors' own reader would parse the header anew for each, or keep all pages in memory."""
+    try:
+        kind = numpy_type(dtype)
+    except TypeError:
+        raise UserError(f"{path}: {key} is of the type {dtype}, which is not supported: convert it to float16") from None
+    values = np.fromfile(path, np.uint8, math.prod(shape) * kind.itemsize, offset=start)
+    if values.nbytes != math.prod(shape) * kind.itemsize:
+        raise UserError(f"{path} became shorter while it was read: download or copy it again")
+    return values.view(kind).reshape(shape)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -192,4 +209,4 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 
 
 def numpy_type(name: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    return np.dtype(getattr(ml_dtypes, name, name))

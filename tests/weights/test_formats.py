@@ -11,6 +11,7 @@ from anidiff_jax.weights import kinds
 from anidiff_jax.weights.base import load_model
 from anidiff_jax.weights.kinds import recognise
 from anidiff_jax.weights.sources import base_source, motion_source
+from anidiff_jax.weights.tensors import tensors_of
 from anidiff_jax.weights.tree import flatten
 from tests import reference
 from tests.weights import foreign
@@ -147,6 +148,23 @@ def test_folders_with_pickles(parts, sd, tmp_path):
         torch.save(load_file(file), folder / part / f"{name}.bin")
         file.unlink()
     same(weights(load_model(folder)), weights(load_model(sd)))
+
+
+def test_values_of_every_type_are_those_that_torch_reads(tmp_path):
+    values = torch.arange(-6, 6, dtype=torch.float32).reshape(3, 4) / 4
+    kinds = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.bool)
+    state = {str(kind): values.to(kind) for kind in kinds} | {"one": torch.tensor(3.0), "none": torch.ones(0, 2)}
+    path = foreign.save(state, tmp_path / "x.safetensors")
+    read = tensors_of(path)
+    assert read.keys() == state.keys()
+    for key, value in state.items():
+        ours = read[key].read()
+        assert (ours.shape, str(ours.dtype)) == (read[key].shape, read[key].dtype), key
+        assert f"torch.{ours.dtype}" == str(value.dtype)
+        assert (ours.astype(np.float64) == value.double().numpy()).all(), key
+    path = foreign.save({"a.scale": torch.ones(2, dtype=torch.complex64)}, tmp_path / "y.safetensors")
+    with pytest.raises(UserError, match=r"y\.safetensors: a\.scale is of the type c64"):
+        tensors_of(path)["a.scale"].read()
 
 
 def test_what_is_not_read_is_named(tmp_path, adapter, base):

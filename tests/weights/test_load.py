@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,15 +177,17 @@ def test_what_is_wrong_is_named(copy, adapter, tmp_path):
     refused("holds no vae: give one with --vae_path")
 
 
-def test_no_torch_is_needed(base, adapter):
-    """Loads and samples in a process in which importing torch or diffusers fails."""
-    code = f"""
-import sys
-sys.modules["torch"] = sys.modules["diffusers"] = None
-from anidiff_jax import AnimateDiffPipeline
-pipe = AnimateDiffPipeline.from_pretrained({str(base)!r}, motion_adapter={str(adapter)!r})
-print(pipe("a red circle", num_frames=2, height=16, width=16, num_inference_steps=1).shape)
+def test_sampling_needs_no_torch_and_nothing_of_training(base, adapter, tmp_path):
+    """sample.py, where importing them fails: for want of them in the one case, for the time that they take in the other."""
+    code = """
+import runpy, sys
+for name in ("torch", "diffusers", "grain", "orbax", "optax", "decord", "matplotlib"):
+    sys.modules[name] = None
+sys.argv = ["sample.py", *sys.argv[1:]]
+runpy.run_path("sample.py", run_name="__main__")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    words = ["--model_id_or_path", base, "--motion_adapter_id_or_path", adapter, "--prompt", "a red circle", "--output_path", tmp_path]
+    words += ["--sample_size", 16, "--sample_n_frames", 2, "--num_inference_steps", 1]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(1, 2, 16, 16, 3)"
+    assert Path(done.stdout.strip()).suffix == ".gif"
