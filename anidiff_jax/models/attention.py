@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 CHUNK_ABOVE = 256 * 1024  # logits of one head above which a CPU is faster, and smaller, one head at a time
+LOGITS_AT_ONCE = 4 * 1024 * 1024  # of a head on a CPU: so they stay in the cache
 
 
 def attend(q, k, v, kind: str = "auto", causal: bool = False):
     """softmax(q kᵀ / sqrt(d)) v for q (b, s, h, d) and k, v (b, t, h, d) → (b, s, h, d); softmax in float32.
 
     kind: xla      all heads at once, logits kept for the backward pass
-          chunked  one head of one example at a time, logits recomputed in the backward pass: memory of one head
+          chunked  one head of one example at a time, on a CPU some of its queries; logits are recomputed in the backward pass
           cudnn    the GPU's fused kernel; float16 and bfloat16 only
           auto     cudnn where it applies, else chunked where the logits are large, else xla
     """
@@ -40,10 +41,26 @@ def _fused(q, k, v, causal: bool):
 def _attend(q, k, v, chunked: bool, causal: bool):
     b, s, h, d = q.shape
     merge = lambda x: x.swapaxes(1, 2).reshape(b * h, x.shape[1], d)  # b s h d -> (b h) s d
-    one_head = lambda qkv: _attend_head(qkv[0], qkv[1], qkv[2], causal)
-    q, k, v = merge(q), merge(k), merge(v)
-    y = jax.lax.map(jax.checkpoint(one_head), (q, k, v)) if chunked else one_head((q, k, v))
+    if chunked:
+        turned = lambda x: x.transpose(0, 2, 3, 1).reshape(b * h, d, x.shape[1])  # b t h d -> (b h) d t
+        y = jax.lax.map(lambda head: _attend_in_chunks(*head, causal), (merge(q), turned(k), turned(v)))
+    else:
+        y = _attend_head(merge(q), merge(k), merge(v), causal)
     return y.reshape(b, h, s, d).swapaxes(1, 2)  # (b h) s d -> b s h d
+
+
+def _attend_in_chunks(q, k, v, causal: bool):
+    """q (s, d), k and v (d, t): on a CPU as many queries at a time as divide s and have no more logits than LOGITS_AT_ONCE.
+
+    k and v lie so because their gradients are then products that a CPU does three times as fast.
+    """
+    (s, d), t = q.shape, k.shape[1]
+    least = min(s, -(-s * t // LOGITS_AT_ONCE)) if jax.default_backend() == "cpu" else 1
+    chunks = next(n for n in range(least, s + 1) if s % n == 0)
+    some = jax.checkpoint(lambda first, q: _attend_head(q, k, v, causal, first, "dt"))
+    if chunks == 1:
+        return some(0, q)
+    return jax.lax.map(lambda chunk: some(*chunk), (jnp.arange(0, s, s // chunks), q.reshape(chunks, -1, d))).reshape(s, d)
 
 
 def choose(queries: int, keys: int, head_dim: int, dtype) -> str:
@@ -62,11 +79,12 @@ def fused_limit() -> int:
     return 0 if not capability[0].isdigit() else 256 if float(capability) >= 9 else 128
 
 
-def _attend_head(q, k, v, causal):  # (..., s, d), (..., t, d), (..., t, d)
+def _attend_head(q, k, v, causal: bool, first=0, keys: str = "td"):
+    """q (..., s, d), of all queries those from `first` on; k, v (..., t, d), or (..., d, t) as `keys` says."""
     precision = "highest" if q.dtype == jnp.float32 else None
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    logits = jnp.einsum("...sd,...td->...st", q, k, precision=precision, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(f"...sd,...{keys}->...st", q, k, precision=precision, preferred_element_type=jnp.float32)
     if causal:
-        logits = jnp.where(jnp.tril(jnp.ones(logits.shape[-2:], bool)), logits, -jnp.inf)
+        logits = jnp.where(first + jnp.arange(logits.shape[-2])[:, None] >= jnp.arange(logits.shape[-1]), logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("...st,...td->...sd", weights, v, precision=precision)
+    return jnp.einsum(f"...st,...{keys}->...sd", weights, v, precision=precision)
