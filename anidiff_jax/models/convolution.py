@@ -3,6 +3,8 @@
 XLA's own convolution is that on GPUs and TPUs. On a CPU it runs slower than XLA's products of matrices, so that wide 3×3
 convolutions are better written as such: measured on 2 cores, 1.2 to 1.9 times as fast, with rounding no worse.
 
+A 1×1 convolution is a product anyway, and on a CPU 1.2 to 2.6 times as fast if it is written as one.
+
 And on a CPU, XLA brings a convolution into the form that its fast code takes only outside of loops. Those that JAX makes for
 gradients have another form, and run 15 times slower in the loop over micro-batches; `plain` has gradients in the fast form.
 
@@ -20,6 +22,8 @@ MOST_POSITIONS = 4 * POSITIONS_OF_A_BAND  # of a frame; where there are more, ch
 
 def convolve(x, weight, stride: int, padding, precision):
     """x (n, h, w, in) and weight (kh, kw, in, out) → (n, h', w', out); padding ((top, bottom), (left, right)) of zeros."""
+    if weight.shape[:2] == (1, 1) and stride == 1:
+        return jnp.matmul(x, weight[0, 0], precision=precision)
     same = weight.shape[:2] == (3, 3) and stride == 1 and padding == ((1, 1), (1, 1))
     form = choose(x.shape[1], x.shape[2], weight.shape[2], weight.shape[3], x.dtype) if same else "xla"
     if form != "xla":
