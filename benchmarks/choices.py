@@ -59,7 +59,7 @@ def attentions(dtype: str, frames: int) -> Iterator[Case]:
 
 
 def convolutions(dtype: str, frames: int) -> Iterator[Case]:
-    """3×3 at the UNet's levels."""
+    """3×3 and 1×1 at the UNet's levels."""
 
     def channels_first(x, weight):
         numbers = ("NCHW", "OIHW", "NCHW")
@@ -76,6 +76,12 @@ def convolutions(dtype: str, frames: int) -> Iterator[Case]:
         given = {"x": (frames, side, side, inputs), "weight": (3, 3, inputs, outputs)}
         taken = convolution.choose(side, side, inputs, outputs, jnp.dtype(dtype))
         yield Case("convolution", f"{frames} frames of {side}², {inputs} → {outputs}", given, forms, taken)
+    of_one = lambda x, weight: convolution.plain(x, weight, 1, ((0, 0), (0, 0)), precision(dtype))
+    product = lambda x, weight: convolution.convolve(x, weight, 1, ((0, 0), (0, 0)), precision(dtype))
+    for side, inputs, outputs in ((32, 960, 320), (32, 320, 320), (16, 1920, 640), (8, 2560, 1280)):
+        given = {"x": (frames, side, side, inputs), "weight": (1, 1, inputs, outputs)}
+        what = f"1×1, {frames} frames of {side}², {inputs} → {outputs}"
+        yield Case("convolution", what, given, {"xla": of_one, "product": product}, "product")
 
 
 def norms(dtype: str, frames: int) -> Iterator[Case]:
