@@ -20,18 +20,17 @@ from anidiff_jax.models.vae import AutoencoderKL
 
 def shapes(network: nn.Module) -> dict[str, Any]:
     """Nested dict of jax.ShapeDtypeStruct (float32), without computing anything."""
+    floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     if isinstance(network, UNet):
         c = network.config
         side = 2 ** (len(c.down) - 1)
-        inputs = [(1, 1, side, side, c.in_channels), (1,), (1, 1, c.cross_attention_dim)]
+        given = [floats(1, 1, side, side, c.in_channels), floats(1), floats(1, 1, c.cross_attention_dim)]
     elif isinstance(network, AutoencoderKL):
-        inputs = [(1, network.config.factor, network.config.factor, network.config.in_channels)]
+        given = [floats(1, network.config.factor, network.config.factor, network.config.in_channels)]
     elif isinstance(network, CLIPTextModel):
-        inputs = [(1, 1)]
+        given = [jax.ShapeDtypeStruct((1, 1), jnp.int32)]
     else:
         raise TypeError(type(network))
-    kind = jnp.int32 if isinstance(network, CLIPTextModel) else jnp.float32
-    given = [jax.ShapeDtypeStruct(shape, kind) for shape in inputs]
     return jax.eval_shape(lambda *given: network.init(jax.random.key(0), *given)["params"], *given)
 
 
