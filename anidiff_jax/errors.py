@@ -23,7 +23,9 @@ def read_text(path: Path) -> str:
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script: a user's mistake ends it with one line and exit code 2, an interruption with 130."""
-    atexit.register(gc.freeze)  # else Python looks through all that JAX keeps, once more, to the end: half a second
+    # What JAX traces lives on: to look through all of it again and again takes half a second of a start, and as much at the end.
+    gc.set_threshold(5_000, 20, 20)
+    atexit.register(gc.freeze)
     try:
         main()
     except UserError as error:

@@ -43,7 +43,7 @@ def _attend(q, k, v, chunked: bool, causal: bool):
     merge = lambda x: x.swapaxes(1, 2).reshape(b * h, x.shape[1], d)  # b s h d -> (b h) s d
     if chunked:
         turned = lambda x: x.transpose(0, 2, 3, 1).reshape(b * h, d, x.shape[1])  # b t h d -> (b h) d t
-        y = jax.lax.map(lambda head: _attend_in_chunks(*head, causal), (merge(q), turned(k), turned(v)))
+        y = jax.lax.map(lambda head: _attend_in_chunks(head[0], head[1], head[2], causal), (merge(q), turned(k), turned(v)))
     else:
         y = _attend_head(merge(q), merge(k), merge(v), causal)
     return y.reshape(b, h, s, d).swapaxes(1, 2)  # (b h) s d -> b s h d

@@ -5,11 +5,16 @@ convolutions are better written as such: measured on 2 cores, 1.2 to 1.9 times a
 
 A 1×1 convolution is a product anyway, and on a CPU 1.2 to 2.6 times as fast if it is written as one.
 
+A 3×3 convolution of an image that was doubled by its nearest neighbours sees each pixel of the small image several times: it is four
+2×2 convolutions of that, with 2.25 times fewer multiplications; on a CPU 1.2 to 2.5 times as fast from 16² on, as fast at 8².
+
 And on a CPU, XLA brings a convolution into the form that its fast code takes only outside of loops. Those that JAX makes for
 gradients have another form, and run 15 times slower in the loop over micro-batches; `plain` has gradients in the fast form.
 
 Each form is jitted by itself, so that a network's tracing meets it once for each shape, however many layers have that.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +34,15 @@ def convolve(x, weight, stride: int, padding, precision):
     if form != "xla":
         return winograd(x, weight) if form == "winograd" else patches(x, weight)
     return plain(x, weight, stride, padding, precision) if jax.default_backend() == "cpu" else _xla(x, weight, stride, padding, precision)
+
+
+def convolve_doubled(x, weight, size: tuple[int, int], precision):
+    """x (n, h, w, in), doubled by its nearest neighbours and cropped to `size`, and weight (3, 3, in, out) → (n, *size, out)."""
+    n, h, w, c = x.shape
+    if jax.default_backend() == "cpu" and x.dtype == jnp.float32 and size == (2 * h, 2 * w) and h * w >= 64:
+        return phases(x, weight, precision)
+    x = jnp.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
+    return convolve(x[:, : size[0], : size[1]], weight, 1, ((1, 1), (1, 1)), precision)
 
 
 def _xla(x, weight, stride: int, padding, precision):
@@ -74,6 +88,23 @@ def _plain_backward(stride, padding, precision, kept, dy):
 
 _plain.defvjp(_plain_forward, _plain_backward, symbolic_zeros=True)
 plain = jax.jit(_plain, static_argnums=(2, 3, 4))
+
+
+@partial(jax.jit, static_argnums=2)
+@partial(jax.checkpoint, static_argnums=2)  # for the backward pass the weight is kept, not the four made of it
+def phases(x, weight, precision):
+    """Of a doubled image: an output sees two pixels of x a side, its own and, even, the one before, or, odd, the next."""
+    n, h, w, c = x.shape
+    weights = jnp.stack([column for row in _phase_lines(weight, 0) for column in _phase_lines(row, 1)], axis=3)  # 2 2 c 4 o
+    y = plain(x, weights.reshape(2, 2, c, -1), 1, ((1, 1), (1, 1)), precision).reshape(n, h + 1, w + 1, 4, -1)
+    phase = lambda i, j: y[:, i : i + h, j : j + w, 2 * i + j]
+    rows = [jnp.stack([phase(i, j) for j in range(2)], axis=3) for i in range(2)]  # 2 of (n, h, w, 2, out)
+    return jnp.stack(rows, axis=2).reshape(n, 2 * h, 2 * w, -1)  # (n, h, 2, w, 2, out)
+
+
+def _phase_lines(weight, axis: int):  # of even outputs and of odd ones: the 3 weights that meet 2 pixels
+    a, b, c = (jax.lax.slice_in_dim(weight, i, i + 1, axis=axis) for i in range(3))
+    return jnp.concatenate([a, b + c], axis), jnp.concatenate([a + b, c], axis)
 
 
 @jax.jit

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from anidiff_jax.models.attention import attend
-from anidiff_jax.models.convolution import convolve
+from anidiff_jax.models.convolution import convolve, convolve_doubled
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
 
     Flax's own `param` draws keys and traces an initializer for each, which takes half a second of every start.
     """
-    value: Any = module.variable("params", name, jnp.zeros, shape).value
+    value: Any = module.variable("params", name, jax.lax.empty, shape, jnp.float32).value
     if value.shape != shape:
         raise ValueError(f"{'.'.join(module.path)}.{name} should have the shape {shape}, and has {value.shape}")
     return value
@@ -102,6 +102,7 @@ class Dense(nn.Module):
 class Conv(nn.Module):
     """2-D convolution over the last three axes (..., h, w, c); weight (kernel, kernel, in, features).
 
+    doubled_to: (height, width), where the input is first doubled by its nearest neighbours and cropped to this; 3×3 at stride 1.
     Adapter: lora_A.weight (kernel, kernel, in, rank), lora_B.weight (rank, features), already scaled.
     """
 
@@ -110,21 +111,27 @@ class Conv(nn.Module):
     kernel: int = 3
     stride: int = 1
     padding: tuple[tuple[int, int], tuple[int, int]] | None = None  # (top, bottom), (left, right); None keeps the size
+    doubled_to: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(self, x):
-        dtype = jnp.dtype(self.settings.dtype)
+        dtype, precision = jnp.dtype(self.settings.dtype), self.settings.precision
         side = (self.kernel - 1) // 2
         weight = parameter(self, "weight", (self.kernel, self.kernel, x.shape[-1], self.features))
         bias = parameter(self, "bias", (self.features,))
         padding = self.padding or ((side, side), (side, side))
         frames = x.reshape(-1, *x.shape[-3:]).astype(dtype)  # ... h w c -> (...) h w c
-        y = checkpoint_name(convolve(frames, weight.astype(dtype), self.stride, padding, self.settings.precision), CONVOLVED)
+
+        def convolved(weight):
+            if self.doubled_to is not None:
+                return convolve_doubled(frames, weight.astype(dtype), self.doubled_to, precision)
+            return convolve(frames, weight.astype(dtype), self.stride, padding, precision)
+
+        y = checkpoint_name(convolved(weight), CONVOLVED)
         if self.has_variable("lora", "lora_A"):
             down: Any = self.get_variable("lora", "lora_A")
             up: Any = self.get_variable("lora", "lora_B")
-            low = convolve(frames, down["weight"].astype(dtype), self.stride, padding, self.settings.precision)
-            y = y + jnp.matmul(low, up["weight"].astype(dtype), precision=self.settings.precision)
+            y = y + jnp.matmul(convolved(down["weight"]), up["weight"].astype(dtype), precision=precision)
         return (y + bias.astype(dtype)).reshape(*x.shape[:-3], *y.shape[-3:])
 
 

@@ -120,11 +120,8 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x, size: tuple[int, int] | None = None):
-        *lead, h, w, c = x.shape
-        x = jnp.broadcast_to(x[..., :, None, :, None, :], (*lead, h, 2, w, 2, c)).reshape(*lead, 2 * h, 2 * w, c)
-        if size is not None:
-            x = x[..., : size[0], : size[1], :]
-        return Conv(self.channels, self.settings, name="conv")(x)
+        doubled_to = size or (2 * x.shape[-3], 2 * x.shape[-2])
+        return Conv(self.channels, self.settings, doubled_to=doubled_to, name="conv")(x)
 
 
 class Block(nn.Module):
