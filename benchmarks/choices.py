@@ -59,7 +59,7 @@ def attentions(dtype: str, frames: int) -> Iterator[Case]:
 
 
 def convolutions(dtype: str, frames: int) -> Iterator[Case]:
-    """3×3 and 1×1 at the UNet's levels."""
+    """3×3 and 1×1 at the UNet's levels, and 3×3 of doubled images, of the UNet and of the VAE."""
 
     def channels_first(x, weight):
         numbers = ("NCHW", "OIHW", "NCHW")
@@ -82,6 +82,12 @@ def convolutions(dtype: str, frames: int) -> Iterator[Case]:
         given = {"x": (frames, side, side, inputs), "weight": (1, 1, inputs, outputs)}
         what = f"1×1, {frames} frames of {side}², {inputs} → {outputs}"
         yield Case("convolution", what, given, {"xla": of_one, "product": product}, "product")
+    phases = lambda x, weight: convolution.phases(x, weight, precision(dtype))
+    whole = lambda x, weight: convolution.of_doubled(x, weight, (2 * x.shape[1], 2 * x.shape[2]), precision(dtype))
+    for count, side, c in ((frames, 4, 1280), (frames, 8, 1280), (frames, 16, 640), (4, 32, 512), (4, 64, 512), (4, 128, 256)):
+        given = {"x": (count, side, side, c), "weight": (3, 3, c, c)}
+        taken = "phases" if convolution.in_phases(side, side, jnp.dtype(dtype)) else "doubled first"
+        yield Case("convolution", f"doubled, {count} frames of {side}² × {c}", given, {"doubled first": whole, "phases": phases}, taken)
 
 
 def norms(dtype: str, frames: int) -> Iterator[Case]:
