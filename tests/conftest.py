@@ -1,5 +1,6 @@
 """Shared models and compiled functions, so that the run compiles little; a compile cache that outlives the run."""
 
+import gc
 import os
 import threading
 from pathlib import Path
@@ -11,6 +12,8 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import jax
 import pytest
+
+gc.set_threshold(5_000, 20, 100)  # what JAX traces lives on: to look through it again and again takes a twentieth of the run
 
 CACHE = Path(__file__).parent.parent / ".cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
