@@ -6,7 +6,7 @@ convolutions are better written as such: measured on 2 cores, 1.2 to 1.9 times a
 A 1×1 convolution is a product anyway, and on a CPU 1.2 to 2.6 times as fast if it is written as one.
 
 A 3×3 convolution of an image that was doubled by its nearest neighbours sees each pixel of the small image several times: it is four
-2×2 convolutions of that, with 2.25 times fewer multiplications; on a CPU 1.2 to 2.5 times as fast from 16² on, as fast at 8².
+2×2 convolutions of that, with 2.25 times fewer multiplications; on a CPU 1.2 to 2.5 times as fast from 16² on, at 8² about as fast.
 
 And on a CPU, XLA brings a convolution into the form that its fast code takes only outside of loops. Those that JAX makes for
 gradients have another form, and run 15 times slower in the loop over micro-batches; `plain` has gradients in the fast form.

@@ -100,6 +100,9 @@ def test_a_convolution_of_a_doubled_image_equals_torch(size, doubled_to, multipl
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b.numpy(), atol=5e-6 * float(b.abs().max()))
     assert count_flops(ours, x, weight) == 2 * 3 * 6 * 10 * multiplied
+    kept = {leaf.shape for leaf in jax.tree.leaves(jax.vjp(lambda x: ours(x, weight), x)[1])}
+    assert weight.shape in kept
+    assert not any(shape[-1] == 4 * 10 for shape in kept)  # the weights of the four convolutions are made again
 
 
 def test_narrow_or_not_float32_stays_with_xla():
