@@ -28,6 +28,7 @@ from tests.conftest import CACHE
 
 pytest.importorskip("gradio_client", reason="gradio is not installed: pip install -e '.[test]'")
 from gradio_client import Client, file
+from gradio_client.utils import Status
 
 ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -156,7 +157,10 @@ def test_ten_clients_at_once_are_served_in_order_and_memory_stays(studio):
         jobs = []
         for i, client in enumerate(clients):
             jobs.append(client.submit(prompt="a red circle", seed=first + i, **SMALL, api_name="/make"))
-            time.sleep(0.1)
+            deadline = time.monotonic() + 60
+            while jobs[-1].status().code < Status.IN_QUEUE:  # a client posts from a thread of its own
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
         records = [job.result(timeout=120)[2] for job in jobs]
         assert [record["seed"] for record in records] == list(range(first, first + 10))
         newest = gallery.entries(studio.made, most=10)
