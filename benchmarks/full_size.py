@@ -5,7 +5,12 @@ compute can be compared.
 """
 
 import itertools
+import os
+import subprocess
+import sys
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,10 +44,17 @@ TEXT = {
 
 def make_model() -> Path:
     """Writes the model where it is not yet; returns its folder."""
-    if MODEL.exists():
-        return MODEL
-    import jax
+    if not MODEL.exists():
+        on_cpu("from benchmarks.full_size import write_model; write_model()")
+    return MODEL
 
+
+def on_cpu(code: str) -> None:
+    """Runs it in a process of its own, which leaves a GPU alone."""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+
+def write_model() -> None:
     from anidiff_jax.models.clip import CLIPTextModel, clip_config
     from anidiff_jax.models.config import fresh_motion_config, unet_config
     from anidiff_jax.models.init import draw, shapes
@@ -51,18 +63,25 @@ def make_model() -> Path:
     from anidiff_jax.shapes.tiny_model import INDEX, SCHEDULER, WORDS
     from anidiff_jax.shapes.tokenizer import write_tokenizer
     from anidiff_jax.weights import files
-    from anidiff_jax.weights.tree import is_buffer, is_motion, split
+    from anidiff_jax.weights.tree import flatten, is_buffer, is_motion, split, unflatten
 
-    rng = np.random.default_rng(0)
+    def leaf(name, shape):
+        """What training starts from, and noise."""
+        (x,) = map(np.array, draw({name: shape}, 0).values())
+        if is_buffer(name):
+            return x
+        noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(x.shape, np.float32)
+        return x + noise * np.float32(0.1 if x.ndim == 1 else 0.3 / np.sqrt(np.prod(x.shape[:-1])))
 
-    def random(tree):
-        def leaf(path, x):
-            name = ".".join(p.key for p in path)
-            if is_buffer(name):
-                return x
-            return x + rng.standard_normal(x.shape, np.float32) * (0.1 if x.ndim == 1 else 0.3 / np.sqrt(np.prod(x.shape[:-1])))
-
-        return jax.tree_util.tree_map_with_path(leaf, draw(tree, 0))
+    def write(part):
+        name, (tree, config, stem) = part
+        (out / name).mkdir()
+        files.save_json(config, out / name / "config.json")
+        tree = flatten(tree)
+        with ThreadPoolExecutor() as pool:  # numpy draws without Python's lock
+            found = dict(zip(tree, pool.map(leaf, tree, tree.values()), strict=True))
+        files.save(unflatten(found), out / name / f"{stem}.safetensors")
+        print(f"wrote {name}", flush=True)
 
     motion = fresh_motion_config(UNET, heads=8, max_frames=32)
     motion_shapes, image_shapes = split(shapes(UNet(unet_config(UNET, motion))), is_motion)
@@ -73,16 +92,12 @@ def make_model() -> Path:
         "text_encoder": (shapes(CLIPTextModel(clip_config(TEXT))), TEXT, "model"),
     }
     with files.written_whole(MODEL) as out:
-        for name, (tree, config, stem) in parts.items():
-            print(f"writing {name}", flush=True)
-            (out / name).mkdir()
-            files.save_json(config, out / name / "config.json")
-            files.save(random(tree), out / name / f"{stem}.safetensors")
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(write, parts.items()))
         write_tokenizer(out / "tokenizer", WORDS)
         (out / "scheduler").mkdir()
         files.save_json({**SCHEDULER, "prediction_type": "epsilon"}, out / "scheduler" / "scheduler_config.json")
         files.save_json(INDEX, out / "model_index.json")
-    return MODEL
 
 
 @dataclass(frozen=True)
@@ -108,9 +123,9 @@ def clips(shape: Shape, batch: int) -> tuple[np.ndarray, np.ndarray]:
     return pixels, rng.integers(0, TEXT["vocab_size"], (batch, 77), np.int32)
 
 
-def draws(shape: Shape, batch: int) -> Path:
-    """Where our side of a training step writes what it drew: timesteps, noise, and the noise in the VAE's posterior."""
-    return WORK / f"draws-{shape.size}-{shape.frames}-{batch}.npz"
+def draws(shape: Shape) -> Path:
+    """Where `ours.write_draws` puts what training draws for four clips: timesteps, noise, and the noise in the VAE's posterior."""
+    return WORK / f"draws-{shape.size}-{shape.frames}.npz"
 
 
 def training_cases(train: Callable) -> dict[str, Callable[[Shape], Any]]:

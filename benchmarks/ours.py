@@ -1,6 +1,7 @@
 """anidiff-jax's side of the benchmarks: each case prepares something, and gives a function to time that returns what it computed."""
 
 import gc
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,10 @@ Run = Callable[[], Any]
 
 
 def start() -> dict[str, Any]:
-    """Versions and device; every program is compiled anew."""
+    """Versions and device; every program is compiled anew, unless the caller has a place for them."""
     set_up_jax()
-    jax.config.update("jax_enable_compilation_cache", False)
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_enable_compilation_cache", False)
     return {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "platform": jax.devices()[0].platform}
 
 
@@ -108,7 +110,7 @@ def vae_decode(shape: Shape) -> tuple[Run, float]:
 
 
 def train(shape: Shape, kind: str, remat: bool, batch: int = 1, cached: bool = True) -> tuple[Run, float]:
-    """An optimizer update from latents or from pixels; gives the loss, of draws that are written down for the other side."""
+    """An optimizer update from latents or from pixels; gives the loss, of draws that `write_draws` wrote down for the other side."""
     config = TrainConfig(
         model_id_or_path=str(MODEL), motion_adapter_id_or_path=str(MODEL / "motion_adapter"), sft_type=kind, gradient_checkpointing=remat,
         sample_size=str(shape.size), sample_n_frames=shape.frames, batch_size=batch, lora_dropout=0.0,
@@ -123,11 +125,6 @@ def train(shape: Shape, kind: str, remat: bool, batch: int = 1, cached: bool = T
     if not cached:
         clip = dict(zip(("pixels", "ids"), clips(shape, batch), strict=True))
     given = {name: value[None, None] for name, value in {**clip, "index": index}.items()}  # devices micro-batches …
-    keys = [jax.random.split(jax.random.fold_in(purpose(task.seed, "clip"), i)) for i in index]  # of the latents, of the loss
-    split = [jax.random.split(key[1], 3) for key in keys]
-    noise = lambda keys: np.stack([jax.random.normal(key, x.shape[1:]) for key in keys])
-    steps = [int(jax.random.randint(key[0], (), 0, 1000)) for key in split]
-    np.savez(draws(shape, batch), timesteps=steps, noise=noise([key[1] for key in split]), posterior=noise([key[0] for key in keys]))
     count = train_flops(task, trained, frozen, x, text) + (0 if cached else batch * encode_flops(shape))
     update = data_parallel(make_update(task, optimizer), jax.local_devices()[:1])
     state, frozen = replicate(TrainState.create(trained, optimizer)), replicate(frozen)
@@ -140,6 +137,15 @@ def train(shape: Shape, kind: str, remat: bool, batch: int = 1, cached: bool = T
         return np.asarray(metrics["loss"])
 
     return run, count
+
+
+def write_draws(shape: Shape) -> None:
+    """What an update draws for its clips, the first of a training run."""
+    keys = [jax.random.split(jax.random.fold_in(purpose(TrainConfig.seed, "clip"), i)) for i in range(4)]  # of the latents, of the loss
+    split = [jax.random.split(key[1], 3) for key in keys]
+    noise = lambda keys: np.stack([jax.random.normal(key, inputs(shape)[0].shape[1:]) for key in keys])
+    steps = [int(jax.random.randint(key[0], (), 0, 1000)) for key in split]
+    np.savez(draws(shape), timesteps=steps, noise=noise([key[1] for key in split]), posterior=noise([key[0] for key in keys]))
 
 
 def forward_flops(shape: Shape) -> int:

@@ -7,8 +7,9 @@
     python benchmarks/run.py --suite gpu_training --size 512 --only train_lora # one without
 
 Each side of a case runs in a process of its own, the sides alternating, --rounds times; the first call of a case is not counted. On a GPU,
-where compiling takes longer than what is measured, a process takes all cases of a size, those first that need less memory. Both sides get
-the same weights and inputs, and what they compute is compared. Floating-point operations are counted from our model, for both sides
+where compiling takes longer than what is measured, all programs are compiled first, --at_once processes beside each other, and kept in
+benchmarks/.work; then a process takes all cases of a size, those first that need less memory. Both sides get the same weights and
+inputs, and what they compute is compared. Floating-point operations are counted from our model, for both sides
 alike, and set against the machine's own peak: the faster of the two sides' products of large matrices. Results: one JSON a case in
 benchmarks/results/, and all of a suite as a table in benchmarks/results/<suite>.md. Needs pip install -e '.[test]'.
 """
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +32,14 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks.full_size import WORK, Shape, make_model  # noqa: E402
+from benchmarks.full_size import WORK, Shape, make_model, on_cpu  # noqa: E402
 
 RESULTS = HERE / "results"
-GPU = {"dtype": "bfloat16", "sides": ["ours", "theirs", "theirs_compiled"], "repeats": 5, "rounds": 1, "together": True}
+CACHES = {"JAX_COMPILATION_CACHE_DIR": "compiled", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+GPU = {"dtype": "bfloat16", "sides": ["ours", "theirs", "theirs_compiled"], "repeats": 5, "rounds": 1, "together": True, "at_once": 6}
 SUITES = {
     "cpu": {
-        "sizes": [256], "dtype": "float32", "sides": ["ours", "theirs"], "repeats": 2, "rounds": 2, "together": False,
+        "sizes": [256], "dtype": "float32", "sides": ["ours", "theirs"], "repeats": 2, "rounds": 2, "together": False, "at_once": 0,
         "cases": ["matmul", "forward", "cfg_step", "vae_encode", "vae_decode", "train_full_checkpointing", "train_lora_checkpointing"],
     },
     "gpu": {**GPU, "sizes": [512], "cases": ["matmul", "vae_encode", "vae_decode", "sample_4", "sample_25"]},
@@ -86,6 +89,36 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+def start(side: str, cases: list[str], shape: Shape, repeats: int, **environment: str) -> subprocess.Popen:
+    words = ["--side", side, "--only", *cases, "--size", shape.size, "--frames", shape.frames, "--dtype", shape.dtype, "--repeats", repeats]
+    environment = {**os.environ, **environment}
+    return subprocess.Popen(
+        [sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True, cwd=HERE.parent, env=environment
+    )
+
+
+def found_by(process: subprocess.Popen) -> Iterator[dict]:
+    """What `measure` found in that process, as it finds it."""
+    assert process.stdout is not None
+    yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+
+
+def compile_ahead(cases: list[str], shapes: list[Shape], sides: list[str], at_once: int) -> dict[tuple[str, str, Shape], float | None]:
+    """Runs each case once for the sake of its compiled program; {(case, side, shape): seconds until that was done, beside others}."""
+    os.environ.update({name: str(WORK / folder) for name, folder in CACHES.items()})
+    few = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+
+    def one(what: tuple[str, str, Shape]) -> float | None:
+        case, side, shape = what
+        taken = [run["prepare"] + run["first"] for run in found_by(start(side, [case], shape, 0, **few))]
+        print(f"{case}, {shape.size}², {side}: compiled in {taken[0]:.0f} s" if taken else f"{what} failed", flush=True)
+        return taken[0] if taken else None
+
+    kinds = [(case, side, shape) for side in sides if side != "theirs" for shape in shapes for case in cases if case != "matmul"]
+    with ThreadPoolExecutor(at_once) as pool:
+        return dict(zip(kinds, pool.map(one, kinds), strict=True))
+
+
 def side_by_side(cases: list[str], shape: Shape, suite: dict, rounds: int) -> Iterator[dict]:
     """The sides of cases, alternating: after each process what is known of each case, so that a run that is cut short leaves something."""
     found: dict[tuple[str, str], list[dict]] = {(case, side): [] for case in cases for side in suite["sides"]}
@@ -94,15 +127,10 @@ def side_by_side(cases: list[str], shape: Shape, suite: dict, rounds: int) -> It
             output_of(side, case).unlink(missing_ok=True)
     for _ in range(rounds):
         for side in suite["sides"]:
-            words = ["--side", side, "--only", *cases, "--size", shape.size, "--frames", shape.frames, "--dtype", shape.dtype]
-            words += ["--repeats", suite["repeats"]]
-            process = subprocess.Popen([sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("{"):
-                    run = json.loads(line)
-                    found[run["case"], side].append(run)
-                    print(f"{run['case']}, {shape.size}², {side}:", " ".join(f"{s:.3f}" for s in run["seconds"]), "s", flush=True)
+            process = start(side, cases, shape, suite["repeats"])
+            for run in found_by(process):
+                found[run["case"], side].append(run)
+                print(f"{run['case']}, {shape.size}², {side}:", " ".join(f"{s:.3f}" for s in run["seconds"]), "s", flush=True)
             if process.wait():
                 print(f"{' '.join(cases)}: {side} failed with {process.returncode}", flush=True)
             for case in cases:
@@ -154,13 +182,13 @@ def table(suite: str) -> str:
             name = f"{r['case']}, {r['shape']['size']}²" if side == "ours" else ""
             lines.append(
                 f"| {name} | {NAMES[side]} | {s['seconds']:.3g} | {s['least']:.3g}–{s['most']:.3g} | {s['memory_gb']:.1f} GB "
-                f"| {s['first'] + s['prepare']:.0f} s | {rate} | {of_peak} | {speed} | {different} |"
+                f"| {s.get('compiled') or s['first'] + s['prepare']:.0f} s | {rate} | {of_peak} | {speed} | {different} |"
             )
     lines += [
         "", "Memory: the process's highest mark above what its libraries take (on a GPU the device's; ours with the cases before it).",
-        "First call: loading, compiling and the call itself. Speed: the faster of PyTorch's medians through ours. Difference: the",
-        "largest, of the largest value; of training, of the first loss. Of the VAE, ours holds the whole pipeline in memory,",
-        "PyTorch's side the VAE alone.", "",
+        "First call: loading, compiling and the call itself, on a GPU beside others. Speed: the faster of PyTorch's medians through",
+        "ours. Difference: the largest, of the largest value; of training, of the first loss. Of the VAE, ours holds the whole",
+        "pipeline in memory, PyTorch's side the VAE alone.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -171,6 +199,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="CASE", help="some cases, those outside the suite too")
     parser.add_argument("--rounds", type=int, help="alternations of the sides; not given: the suite's")
     parser.add_argument("--size", type=int, help="pixels a side; not given: the suite's sizes")
+    parser.add_argument("--at_once", type=int, help="processes that compile ahead; 0: each process compiles; not given: the suite's")
     for name, of in (("side", str), ("frames", int), ("dtype", str), ("repeats", int)):
         parser.add_argument(f"--{name}", type=of, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -184,13 +213,20 @@ def main() -> None:
     sizes = [args.size] if args.size else settings["sizes"]
     RESULTS.mkdir(exist_ok=True)
     cases = args.only or settings["cases"]
-    for size in sizes:
+    shapes = [Shape(size, args.frames or 16, args.dtype or settings["dtype"]) for size in sizes]
+    if any(case.startswith("train") for case in cases):
+        for shape in shapes:
+            on_cpu(f"from benchmarks import ours; ours.write_draws({shape!r})".replace("Shape(", "ours.Shape("))
+    at_once = settings["at_once"] if args.at_once is None else args.at_once
+    ahead = compile_ahead(cases, shapes, settings["sides"], at_once) if at_once else {}
+    for shape in shapes:
         for together in [cases] if settings["together"] else [[case] for case in cases]:
-            shape = Shape(size, args.frames or 16, args.dtype or settings["dtype"])
             for result in side_by_side(together, shape, settings, args.rounds or settings["rounds"]):
+                for side, measured in result["sides"].items():
+                    measured["compiled"] = ahead.get((result["case"], side, shape))
                 if result["sides"]:
                     other = "".join(f"-{value}" for value in (args.frames, args.dtype) if value)
-                    name = f"bench-{suite}{'-other' if other else ''}-{result['case']}-{size}{other}.json"
+                    name = f"bench-{suite}{'-other' if other else ''}-{result['case']}-{shape.size}{other}.json"
                     (RESULTS / name).write_text(json.dumps({**result, "machine": machine()}, indent=2) + "\n")
                     (RESULTS / f"{suite}.md").write_text(table(suite))
     print(table(suite))

@@ -156,7 +156,7 @@ def train(shape: Shape, kind: str, remat: bool, batch: int = 1, cached: bool = T
     unet.train()
     chosen = [p for p in unet.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(chosen, lr=1e-4, weight_decay=0.01, fused=DEVICE == "cuda")
-    drawn = np.load(draws(shape, batch))
+    drawn = {name: x[:batch] for name, x in np.load(draws(shape)).items()}
     channels = lambda x: torch.tensor(x).permute(0, 4, 1, 2, 3).to(DEVICE)  # b f h w c -> b c f h w
     timesteps, noise, posterior = torch.tensor(drawn["timesteps"], device=DEVICE), channels(drawn["noise"]), channels(drawn["posterior"])
     known = given(shape, batch, batch)
