@@ -18,13 +18,15 @@ HEARTBEAT = 30  # seconds without a sign of life, after which a process counts a
 # the backward pass. Without it a training step of full size with gradient checkpointing takes 4.8 GB of temporary memory, not 19.1.
 CPU_FLAGS = " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 
-GPU_DETERMINISTIC = " --xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+# Not xla_gpu_deterministic_ops: that takes the first kernel without measuring, and on an H100 a step of some 100 ms took over 20 s.
+GPU_DETERMINISTIC = " --xla_gpu_exclude_nondeterministic_ops=true"
 
 
 def set_up_jax(ddp_backend: str = "nccl", deterministic: bool = False) -> None:
     """Keeps compiled programs in the user's cache folder, and chooses how CPUs talk to each other; call before any computation.
 
-    deterministic: GPUs give the same bits every time, at some cost.
+    deterministic: GPUs give the same bits every time, at some cost. Which kernels those are is measured when a program is compiled,
+    and kept in the cache: another machine, or a cache that was emptied, may take others, with other rounding.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anidiff-jax" / "compiled"
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

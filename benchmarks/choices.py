@@ -50,13 +50,14 @@ def attentions(dtype: str, frames: int) -> Iterator[Case]:
     shapes = [(f"{s} positions, heads of {d}", frames, s, s, d) for s, d in ((4096, 40), (1024, 80), (1024, 40), (256, 160), (64, 160))]
     shapes += [(f"{s} positions to 77 tokens, heads of {d}", 1, frames * s, 77, d) for s, d in ((4096, 40), (1024, 80))]
     shapes += [(f"16 frames at {n} positions, heads of {d}", n, 16, 16, d) for n, d in ((4096, 40), (1024, 80), (256, 160))]
-    kinds = ["xla", "chunked"] + (["cudnn"] if attention.fused_limit() else [])
+    kinds = ["xla", "chunked"] + (["cudnn", "packed"] if attention.fused_limit() else [])
     for what, batch, queries, keys, d in shapes:
         given = {"q": (batch, queries, 8, d), "k": (batch, keys, 8, d), "v": (batch, keys, 8, d)}
         large = 8 * batch * queries * keys * 4 > 4e9  # logits that would not fit
         over = batch > 1000 and "chunked"  # a loop over thousands of products of 16
-        forms = {k: lambda q, k_, v, kind=k: attention.attend(q, k_, v, kind) for k in kinds if k != over and not (large and k == "xla")}
-        yield Case("attention", what, given, forms, attention.choose(queries, keys, d, jnp.dtype(dtype)))
+        without = {over, "xla" if large else "", "packed" if queries * 8 > attention.PACKED_LENGTH else ""}
+        forms = {k: lambda q, k_, v, kind=k: attention.attend(q, k_, v, kind) for k in kinds if k not in without}
+        yield Case("attention", what, given, forms, attention.choose(given["q"], keys, jnp.dtype(dtype)))
 
 
 def convolutions(dtype: str, frames: int) -> Iterator[Case]:

@@ -1,7 +1,5 @@
 """anidiff-jax's side of the benchmarks: each case prepares something, and gives a function to time that returns what it computed."""
 
-import gc
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -29,16 +27,10 @@ Run = Callable[[], Any]
 
 
 def start() -> dict[str, Any]:
-    """Versions and device; every program is compiled anew, unless the caller has a place for them."""
+    """Versions and device; every program is compiled anew."""
     set_up_jax()
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_enable_compilation_cache", False)
     return {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "platform": jax.devices()[0].platform}
-
-
-def forget() -> None:
-    """Lets go of the case before. What a device held at most includes it: cases that need more come later."""
-    gc.collect()
 
 
 def peak_device_gb() -> float | None:

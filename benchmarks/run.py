@@ -6,15 +6,16 @@
     python benchmarks/run.py --suite gpu_training                  # updates with checkpointing: bfloat16, 256² and 512² × 16 frames
     python benchmarks/run.py --suite gpu_training --size 512 --only train_lora # one without
 
-Each side of a case runs in a process of its own, the sides alternating, --rounds times; the first call of a case is not counted. On a GPU,
-where compiling takes longer than what is measured, all programs are compiled first, --at_once processes beside each other, and kept in
-benchmarks/.work; then a process takes all cases of a size, those first that need less memory. Both sides get the same weights and
-inputs, and what they compute is compared. Floating-point operations are counted from our model, for both sides
-alike, and set against the machine's own peak: the faster of the two sides' products of large matrices. Results: one JSON a case in
-benchmarks/results/, and all of a suite as a table in benchmarks/results/<suite>.md. Needs pip install -e '.[test]'.
+Each side of a case runs in a process of its own; the first call, which compiles, is not counted. On a CPU, where both sides do not fit into
+memory, processes follow each other, --rounds times. On a GPU, where compiling takes longer than what is measured, the sides compile beside
+each other and are then called in turn. Both get the same weights and inputs, and what they compute is compared. Floating-point operations
+are counted from our model, for both sides alike, and set against the machine's own peak: the faster of the two sides' products of large
+matrices. Results: one JSON a case in benchmarks/results/, and all of a suite as a table in benchmarks/results/<suite>.md. Needs pip install
+-e '.[test]'.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -24,7 +25,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,21 +35,21 @@ sys.path.insert(0, str(HERE.parent))
 from benchmarks.full_size import WORK, Shape, make_model, on_cpu  # noqa: E402
 
 RESULTS = HERE / "results"
-CACHES = {"JAX_COMPILATION_CACHE_DIR": "compiled", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-GPU = {"dtype": "bfloat16", "sides": ["ours", "theirs", "theirs_compiled"], "repeats": 5, "rounds": 1, "together": True, "at_once": 6}
+GPU = {"dtype": "bfloat16", "sides": ["ours", "theirs", "theirs_compiled"], "repeats": 3, "rounds": 3, "beside": True}
 SUITES = {
     "cpu": {
-        "sizes": [256], "dtype": "float32", "sides": ["ours", "theirs"], "repeats": 2, "rounds": 2, "together": False, "at_once": 0,
+        "sizes": [256], "dtype": "float32", "sides": ["ours", "theirs"], "repeats": 2, "rounds": 2, "beside": False,
         "cases": ["matmul", "forward", "cfg_step", "vae_encode", "vae_decode", "train_full_checkpointing", "train_lora_checkpointing"],
     },
-    "gpu": {**GPU, "sizes": [512], "cases": ["matmul", "vae_encode", "vae_decode", "sample_4", "sample_25"]},
+    "gpu": {**GPU, "sizes": [512], "cases": ["matmul", "sample_25", "sample_4", "vae_encode", "vae_decode"]},
     "gpu_training": {**GPU, "sizes": [256, 512], "cases": ["train_lora_checkpointing", "train_full_checkpointing"]},
 }  # fmt: skip
 NAMES = {"ours": "anidiff-jax", "theirs": "PyTorch diffusers", "theirs_compiled": "the same, torch.compile"}
 
 
-def measure(side: str, cases: list[str], shape: Shape, repeats: int) -> Iterator[dict]:
-    """One side of cases in this process: {seconds of each call, first call, peaks, operations}; what it computed goes to a file."""
+def measure(side: str, case: str, shape: Shape) -> None:
+    """One side of a case, in this process: prints what its first call took, and then, for each number that it is given, that of so many
+    calls. What the first call computed goes to a file."""
     if side == "ours":
         from benchmarks import ours as module
 
@@ -58,23 +58,20 @@ def measure(side: str, cases: list[str], shape: Shape, repeats: int) -> Iterator
         from benchmarks import theirs as module
 
         versions = module.start(side == "theirs_compiled")
-    for case in cases:
-        module.forget()
-        idle, begun = peak_gb(), time.perf_counter()
-        made = module.CASES[case](shape)
-        run, flops = made if side == "ours" else (made, None)
-        prepared, seconds = time.perf_counter() - begun, []
-        for i in range(repeats + 1):
+    idle, begun = peak_gb(), time.perf_counter()
+    made = module.CASES[case](shape)
+    run, flops = made if side == "ours" else (made, None)
+    prepared, begun = time.perf_counter() - begun, time.perf_counter()
+    np.save(output_of(side, case), np.asarray(run(), np.float32))
+    said = {"prepare": prepared, "first": time.perf_counter() - begun, "flops": flops, "versions": versions}
+    print(json.dumps(said), flush=True)
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
             begun = time.perf_counter()
-            output = run()
+            run()
             seconds.append(time.perf_counter() - begun)
-            if i == 0:
-                np.save(output_of(side, case), np.asarray(output, np.float32))
-        yield {
-            "case": case, "prepare": prepared, "first": seconds[0], "seconds": seconds[1:], "peak_gb": peak_gb() - idle, "flops": flops,
-            "device_gb": module.peak_device_gb(), "versions": versions,
-        }  # fmt: skip
-        del made, run, output
+        print(json.dumps({"seconds": seconds, "peak_gb": peak_gb() - idle, "device_gb": module.peak_device_gb()}), flush=True)
 
 
 def output_of(side: str, case: str) -> Path:
@@ -89,52 +86,65 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def start(side: str, cases: list[str], shape: Shape, repeats: int, **environment: str) -> subprocess.Popen:
-    words = ["--side", side, "--only", *cases, "--size", shape.size, "--frames", shape.frames, "--dtype", shape.dtype, "--repeats", repeats]
-    environment = {**os.environ, **environment}
-    return subprocess.Popen(
-        [sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True, cwd=HERE.parent, env=environment
-    )
+class Side:
+    """A process that measures one side of a case."""
+
+    def __init__(self, side: str, case: str, shape: Shape):
+        self.name, self.found = f"{case}, {shape.size}², {side}", {"seconds": []}
+        words = ["--side", side, "--only", case, "--size", shape.size, "--frames", shape.frames, "--dtype", shape.dtype]
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # a GPU is not ours alone
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE.parent,
+            env=environment,
+        )  # fmt: skip
+
+    def hear(self) -> bool:
+        """Waits for what the process says next; False where it has ended."""
+        assert self.process.stdout is not None
+        said = next((json.loads(line) for line in self.process.stdout if line.startswith("{")), None)
+        if said is None:
+            print(f"{self.name}: failed with {self.process.wait()}", flush=True)
+            return False
+        if new := said.pop("seconds", []):
+            print(f"{self.name}:", " ".join(f"{s:.3f}" for s in new), "s", flush=True)
+        else:
+            print(f"{self.name}: ready after {said['prepare'] + said['first']:.0f} s", flush=True)
+        self.found |= {**said, "seconds": self.found["seconds"] + new}
+        return True
+
+    def call(self, times: int) -> bool:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and says nothing more
+            print(times, file=self.process.stdin, flush=True)
+        return self.hear()
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def found_by(process: subprocess.Popen) -> Iterator[dict]:
-    """What `measure` found in that process, as it finds it."""
-    assert process.stdout is not None
-    yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
-
-
-def compile_ahead(cases: list[str], shapes: list[Shape], sides: list[str], at_once: int) -> dict[tuple[str, str, Shape], float | None]:
-    """Runs each case once for the sake of its compiled program; {(case, side, shape): seconds until that was done, beside others}."""
-    os.environ.update({name: str(WORK / folder) for name, folder in CACHES.items()})
-    few = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
-
-    def one(what: tuple[str, str, Shape]) -> float | None:
-        case, side, shape = what
-        taken = [run["prepare"] + run["first"] for run in found_by(start(side, [case], shape, 0, **few))]
-        print(f"{case}, {shape.size}², {side}: compiled in {taken[0]:.0f} s" if taken else f"{what} failed", flush=True)
-        return taken[0] if taken else None
-
-    kinds = [(case, side, shape) for side in sides if side != "theirs" for shape in shapes for case in cases if case != "matmul"]
-    with ThreadPoolExecutor(at_once) as pool:
-        return dict(zip(kinds, pool.map(one, kinds), strict=True))
-
-
-def side_by_side(cases: list[str], shape: Shape, suite: dict, rounds: int) -> Iterator[dict]:
-    """The sides of cases, alternating: after each process what is known of each case, so that a run that is cut short leaves something."""
-    found: dict[tuple[str, str], list[dict]] = {(case, side): [] for case in cases for side in suite["sides"]}
-    for case in cases:
-        for side in suite["sides"]:
-            output_of(side, case).unlink(missing_ok=True)
+def side_by_side(case: str, shape: Shape, suite: dict, rounds: int) -> Iterator[dict]:
+    """The sides of a case, called in turn: after each round what is known of it, so that a run that is cut short leaves something."""
+    found: dict[str, list[dict]] = {side: [] for side in suite["sides"]}
+    for side in suite["sides"]:
+        output_of(side, case).unlink(missing_ok=True)
+    if suite["beside"]:
+        sides = {name: Side(name, case, shape) for name in found}
+        sides = {name: side for name, side in sides.items() if side.hear()}
+        for _ in range(rounds):
+            found |= {name: [side.found] for name, side in sides.items() if side.call(suite["repeats"])}
+            yield summary(case, shape, found)
+        for side in sides.values():
+            side.end()
+        return
     for _ in range(rounds):
-        for side in suite["sides"]:
-            process = start(side, cases, shape, suite["repeats"])
-            for run in found_by(process):
-                found[run["case"], side].append(run)
-                print(f"{run['case']}, {shape.size}², {side}:", " ".join(f"{s:.3f}" for s in run["seconds"]), "s", flush=True)
-            if process.wait():
-                print(f"{' '.join(cases)}: {side} failed with {process.returncode}", flush=True)
-            for case in cases:
-                yield summary(case, shape, {side: found[case, side] for side in suite["sides"]})
+        for name in found:
+            side = Side(name, case, shape)
+            if side.hear() and side.call(suite["repeats"]):
+                found[name].append(side.found)
+            side.end()
+        yield summary(case, shape, found)
 
 
 def summary(case: str, shape: Shape, found: dict[str, list[dict]]) -> dict:
@@ -182,10 +192,10 @@ def table(suite: str) -> str:
             name = f"{r['case']}, {r['shape']['size']}²" if side == "ours" else ""
             lines.append(
                 f"| {name} | {NAMES[side]} | {s['seconds']:.3g} | {s['least']:.3g}–{s['most']:.3g} | {s['memory_gb']:.1f} GB "
-                f"| {s.get('compiled') or s['first'] + s['prepare']:.0f} s | {rate} | {of_peak} | {speed} | {different} |"
+                f"| {s['first'] + s['prepare']:.0f} s | {rate} | {of_peak} | {speed} | {different} |"
             )
     lines += [
-        "", "Memory: the process's highest mark above what its libraries take (on a GPU the device's; ours with the cases before it).",
+        "", "Memory: the process's highest mark above what its libraries take; on a GPU the device's.",
         "First call: loading, compiling and the call itself, on a GPU beside others. Speed: the faster of PyTorch's medians through",
         "ours. Difference: the largest, of the largest value; of training, of the first loss. Of the VAE, ours holds the whole",
         "pipeline in memory, PyTorch's side the VAE alone.", "",
@@ -199,13 +209,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="CASE", help="some cases, those outside the suite too")
     parser.add_argument("--rounds", type=int, help="alternations of the sides; not given: the suite's")
     parser.add_argument("--size", type=int, help="pixels a side; not given: the suite's sizes")
-    parser.add_argument("--at_once", type=int, help="processes that compile ahead; 0: each process compiles; not given: the suite's")
-    for name, of in (("side", str), ("frames", int), ("dtype", str), ("repeats", int)):
+    for name, of in (("side", str), ("frames", int), ("dtype", str)):
         parser.add_argument(f"--{name}", type=of, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        for found in measure(args.side, args.only, Shape(args.size, args.frames, args.dtype), args.repeats):
-            print(json.dumps(found), flush=True)
+        measure(args.side, args.only[0], Shape(args.size, args.frames, args.dtype))
         return
     make_model()
     suite = args.suite or ("gpu" if has_gpu() else "cpu")
@@ -217,17 +225,14 @@ def main() -> None:
     if any(case.startswith("train") for case in cases):
         for shape in shapes:
             on_cpu(f"from benchmarks import ours; ours.write_draws({shape!r})".replace("Shape(", "ours.Shape("))
-    at_once = settings["at_once"] if args.at_once is None else args.at_once
-    ahead = compile_ahead(cases, shapes, settings["sides"], at_once) if at_once else {}
     for shape in shapes:
-        for together in [cases] if settings["together"] else [[case] for case in cases]:
-            for result in side_by_side(together, shape, settings, args.rounds or settings["rounds"]):
-                for side, measured in result["sides"].items():
-                    measured["compiled"] = ahead.get((result["case"], side, shape))
+        for case in cases:
+            for result in side_by_side(case, shape, settings, args.rounds or settings["rounds"]):
                 if result["sides"]:
                     other = "".join(f"-{value}" for value in (args.frames, args.dtype) if value)
                     name = f"bench-{suite}{'-other' if other else ''}-{result['case']}-{shape.size}{other}.json"
-                    (RESULTS / name).write_text(json.dumps({**result, "machine": machine()}, indent=2) + "\n")
+                    result["machine"] = "; ".join([result["versions"]["device"]] * (suite != "cpu") + [machine()])
+                    (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n")
                     (RESULTS / f"{suite}.md").write_text(table(suite))
     print(table(suite))
 

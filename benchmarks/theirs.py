@@ -1,6 +1,5 @@
 """PyTorch diffusers' side of the benchmarks, at its best: scaled dot product attention, channels_last, on GPUs torch.compile too."""
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +23,6 @@ def start(compiled: bool = False) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = True
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     return {"torch": torch.__version__, "diffusers": diffusers.__version__, "device": device}
-
-
-def forget() -> None:
-    """Lets go of the case before; another shape is not taken for a reason to compile for any shape."""
-    gc.collect()
-    torch.compiler.reset()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_device_gb() -> float | None:

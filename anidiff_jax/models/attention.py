@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 CHUNK_ABOVE = 256 * 1024  # logits of one head above which a CPU is faster, and smaller, one head at a time
+MOST_LOGITS = 512 * 1024 * 1024  # of all heads that elsewhere are kept at once, two gigabytes
+PACKED_LENGTH, MOST_EXAMPLES = 256, 65_535  # of cuDNN's kernel for short sequences: heads times length; its grid has no place for more
 LOGITS_AT_ONCE = 4 * 1024 * 1024  # of a head on a CPU: so they stay in the cache
 
 
@@ -15,26 +17,44 @@ def attend(q, k, v, kind: str = "auto", causal: bool = False):
     kind: xla      all heads at once, logits kept for the backward pass
           chunked  one head of one example at a time, on a CPU some of its queries; logits are recomputed in the backward pass
           cudnn    the GPU's fused kernel; float16 and bfloat16 only
-          auto     cudnn where it applies, else chunked where the logits are large, else xla
+          packed   that kernel for short sequences: an example's heads in one row, where each sees its own
+          auto     cudnn or packed where they apply, else chunked where the logits are large, else xla
     """
     if kind == "auto" or (kind == "cudnn" and q.shape[-1] > fused_limit()):
-        kind = choose(q.shape[1], k.shape[1], q.shape[-1], q.dtype)
+        kind = choose(q.shape, k.shape[1], q.dtype)
+    if kind == "packed":
+        return _packed(q, k, v)
     if kind == "cudnn":
         return _fused(q, k, v, causal)
     return _attend(q, k, v, kind == "chunked", causal)
 
 
 def _fused(q, k, v, causal: bool):
-    """cuDNN's kernel. JAX refuses its gradient at odd lengths, such as a text's 77 tokens: those get one more, which nothing looks at."""
-    length, odd = q.shape[1], lambda x: x.shape[1] % 2
-    if not odd(q) and not odd(k):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-    even = lambda x: jnp.pad(x, ((0, 0), (0, odd(x)), (0, 0), (0, 0)))
-    lengths = lambda x: jnp.where(x[:, 0, 0, 0] == 0, x.shape[1], x.shape[1])  # a constant, but one that vmap batches as it does x
-    attended = jax.nn.dot_product_attention(
-        even(q), even(k), even(v), is_causal=causal, query_seq_lengths=lengths(q), key_value_seq_lengths=lengths(k), implementation="cudnn"
-    )
-    return attended[:, :length]
+    """cuDNN's kernel; at odd lengths, such as a text's 77 tokens, gradients are those of the other kinds: JAX refuses the kernel's."""
+    odd = q.shape[1] % 2 or k.shape[1] % 2
+    return _fused_at_odd_lengths(q, k, v, causal) if odd else _cudnn(q, k, v, causal)
+
+
+def _cudnn(q, k, v, causal: bool):
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+
+
+_fused_at_odd_lengths = jax.custom_vjp(_cudnn, nondiff_argnums=(3,))
+
+
+def _backward(causal, qkv, dy):
+    return jax.vjp(lambda q, k, v: attend(q, k, v, _by_size(q.shape, k.shape[1]), causal), *qkv)[1](dy)
+
+
+_fused_at_odd_lengths.defvjp(lambda q, k, v, causal: (_cudnn(q, k, v, causal), (q, k, v)), _backward)
+
+
+def _packed(q, k, v):
+    """The kernel works on 64 or 128 queries at a time. Sixteen frames of eight heads are 128, and lie in memory as it wants them."""
+    row = lambda x: x.reshape(x.shape[0], -1, 1, x.shape[-1])  # b s h d -> b (s h) 1 d
+    head = lambda x: jnp.arange(x.shape[1] * x.shape[2]) % x.shape[2]
+    same = (head(q)[:, None] == head(k))[None, None]
+    return jax.nn.dot_product_attention(row(q), row(k), row(v), mask=same, implementation="cudnn").reshape(q.shape)
 
 
 @partial(jax.jit, static_argnums=(3, 4))  # traced once for each shape, however many layers have that
@@ -63,12 +83,22 @@ def _attend_in_chunks(q, k, v, causal: bool):
     return jax.lax.map(lambda chunk: some(*chunk), (jnp.arange(0, s, s // chunks), q.reshape(chunks, -1, d))).reshape(s, d)
 
 
-def choose(queries: int, keys: int, head_dim: int, dtype) -> str:
-    """The kind that "auto" stands for. Short sequences, such as the frames of a clip, are one batched product anywhere."""
+def choose(shape: tuple[int, ...], keys: int, dtype) -> str:
+    """The kind that "auto" stands for, of queries of this shape, (b, s, h, d)."""
+    examples, queries, heads, head_dim = shape
     fits = head_dim % 8 == 0 and head_dim <= fused_limit() and dtype in (jnp.float16, jnp.bfloat16)
     if fits and queries > 64:
         return "cudnn"
-    return "chunked" if queries * keys > CHUNK_ABOVE else "xla"
+    if fits and max(queries, keys) * heads <= PACKED_LENGTH and examples <= MOST_EXAMPLES and heads % 2 == 0:
+        return "packed"
+    return _by_size(shape, keys)
+
+
+def _by_size(shape: tuple[int, ...], keys: int) -> str:
+    """Short sequences, such as the frames of a clip, are one batched product anywhere."""
+    examples, queries, heads, _ = shape
+    large = queries * keys > CHUNK_ABOVE if jax.default_backend() == "cpu" else examples * heads * queries * keys > MOST_LOGITS
+    return "chunked" if large else "xla"
 
 
 def fused_limit() -> int:

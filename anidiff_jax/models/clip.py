@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from anidiff_jax.errors import UserError
 from anidiff_jax.models.attention import attend
 from anidiff_jax.models.config import understood
-from anidiff_jax.models.layers import Dense, LayerNorm, Settings, parameter
+from anidiff_jax.models.layers import Dense, LayerNorm, Settings, gelu, parameter
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from anidiff_jax.models.attention import attend
@@ -155,7 +156,10 @@ class GroupNorm(nn.Module):
 
 @partial(jax.jit, static_argnums=(3, 4, 5))  # traced once for each shape, however many layers have that
 def group_norm(x, weight, bias, groups: int, eps: float, axes: tuple[int, ...]):
-    """x (…, c) normalised over `axes` and the channels of a group, float32."""
+    """x (…, c) normalised over `axes` and the channels of a group, float32.
+
+    Seen once for both sums, and still without cancellation: each channel's are of what it differs by from its first value.
+    """
     grouped = lambda per_channel: per_channel.reshape(*per_channel.shape[:-1], groups, -1)
 
     def over_group(per_channel):  # (..., c): mean over the channels of each group, for each channel
@@ -163,8 +167,10 @@ def group_norm(x, weight, bias, groups: int, eps: float, axes: tuple[int, ...]):
         return jnp.broadcast_to(mean, grouped(per_channel).shape).reshape(per_channel.shape)
 
     x = x.astype(jnp.float32)
-    mean = over_group(x.mean(axes, keepdims=True))
-    variance = over_group(jnp.square(x - mean).mean(axes, keepdims=True))
+    start = jax.lax.stop_gradient(x[tuple(slice(1) if i - x.ndim in axes else slice(None) for i in range(x.ndim))])
+    offset, square = (x - start).mean(axes, keepdims=True), jnp.square(x - start).mean(axes, keepdims=True)
+    mean = over_group(start + offset)
+    variance = over_group(square - jnp.square(offset) + jnp.square(start + offset - mean))
     return (x - mean) * (weight.astype(jnp.float32) * jax.lax.rsqrt(variance + eps)) + bias.astype(jnp.float32)
 
 
@@ -224,7 +230,13 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x):
         hidden, gate = jnp.split(Dense(2 * self.features, self.settings, kept=False, name="proj")(x), 2, axis=-1)
-        return hidden * jax.nn.gelu(gate, approximate=False)
+        return hidden * gelu(gate)
+
+
+def gelu(x):
+    """x Φ(x), exactly, by erf as in PyTorch: JAX's own is by erfc, which costs twice as much on a GPU, and so do its gradients on a CPU."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
 
 
 class FeedForward(nn.Module):

@@ -71,14 +71,18 @@ def test_attention_is_chosen_by_shape_and_device(monkeypatch):
     from anidiff_jax.models import attention
 
     half, full = np.dtype("float16"), np.dtype("float32")
-    assert attention.choose(4096, 4096, 40, full) == "chunked"
-    assert attention.choose(16, 16, 40, half) == "xla"
+    assert attention.choose((16, 4096, 8, 40), 4096, full) == "chunked"
+    assert attention.choose((4096, 16, 8, 40), 16, half) == "xla"
+    monkeypatch.setattr(attention.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention, "fused_limit", lambda: 256)
-    assert attention.choose(4096, 77, 160, half) == "cudnn"
-    assert attention.choose(1024, 1024, 512, half) == "chunked"  # the VAE's one head is too wide for cuDNN
-    assert attention.choose(4096, 4096, 40, full) == "chunked"
+    assert attention.choose((16, 4096, 8, 160), 77, half) == "cudnn"
+    assert attention.choose((16, 64, 8, 160), 64, half) == "xla"  # 512 in a row
+    assert attention.choose((4096, 16, 8, 40), 16, half) == "packed"
+    assert attention.choose((4 * 128 * 128, 16, 8, 40), 16, half) == "xla"  # more than the kernel has places for
+    assert attention.choose((4, 4096, 1, 512), 4096, half) == "xla"  # the VAE's one head is too wide for cuDNN
+    assert attention.choose((16, 4096, 8, 40), 4096, full) == "chunked"
     monkeypatch.setattr(attention, "fused_limit", lambda: 128)
-    assert attention.choose(1024, 77, 160, half) == "xla"
+    assert attention.choose((16, 1024, 8, 160), 77, half) == "xla"
 
 
 def test_heads_must_divide_channels():

@@ -31,24 +31,36 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """JAX's own attention in the kernel's place, which takes even lengths only; gives the lengths that it saw."""
+    """JAX's own attention in the kernel's place, which has gradients at even lengths only; gives the lengths that it saw."""
     real, seen = jax.nn.dot_product_attention, []
 
-    def fused(q, k, v, *, implementation, **how):
+    def fused(q, k, v, *, implementation, is_causal=False, mask=None):
         assert implementation == "cudnn"
-        assert q.shape[1] % 2 == k.shape[1] % 2 == 0
         seen.append((q.shape[1], k.shape[1]))
-        return real(q, k, v, implementation="xla", **how)
+        of = jax.custom_vjp(lambda *qkv: real(*qkv, is_causal=is_causal, mask=mask, implementation="xla"))
+
+        def backward(qkv, dy):
+            assert q.shape[1] % 2 == k.shape[1] % 2 == 0
+            return jax.vjp(lambda *qkv: real(*qkv, is_causal=is_causal, mask=mask, implementation="xla"), *qkv)[1](dy)
+
+        of.defvjp(lambda *qkv: (of(*qkv), qkv), backward)
+        return of(q, k, v)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
     monkeypatch.setattr(attention, "fused_limit", lambda: 256)
     return seen
 
 
-@pytest.mark.parametrize(("queries", "keys", "causal"), [(6, 4, False), (6, 5, False), (7, 4, False), (7, 7, False), (7, 7, True)])
-def test_lengths_that_the_fused_kernel_does_not_take(kernel, queries, keys, causal):
+@pytest.mark.parametrize(
+    ("queries", "keys", "kind", "causal"),
+    [
+        (6, 4, "cudnn", False), (6, 5, "cudnn", False), (7, 4, "cudnn", False), (7, 7, "cudnn", False), (7, 7, "cudnn", True),
+        (6, 6, "packed", False), (7, 5, "packed", False),
+    ],
+)  # fmt: skip
+def test_lengths_that_the_fused_kernel_does_not_take(kernel, queries, keys, kind, causal):
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 3, 8), np.float32)) for n in (queries, keys, keys))
+    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 4, 8), np.float32)) for n in (queries, keys, keys))
     outer = jnp.asarray(rng.standard_normal(q.shape, np.float32))
 
     def of(kind):
@@ -56,8 +68,9 @@ def test_lengths_that_the_fused_kernel_does_not_take(kernel, queries, keys, caus
         each = jax.vmap(lambda *qkv: attention.attend(*(x[None] for x in qkv), kind, causal)[0])(q, k, v)
         return attention.attend(q, k, v, kind, causal), each, jax.grad(loss, (0, 1, 2))(q, k, v)
 
-    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-6), of("cudnn"), of("xla"))
-    assert set(kernel) == {(queries + queries % 2, keys + keys % 2)}
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-6), of(kind), of("xla"))
+    heads = 4 if kind == "packed" else 1
+    assert set(kernel) == {(queries * heads, keys * heads)}
 
 
 @pytest.mark.parametrize(("height", "width"), [(24, 16), (22, 14)])
@@ -80,4 +93,5 @@ def test_an_update_becomes_a_program_for_a_gpu(gpu, height, width, clips):
     given = [jax.ShapeDtypeStruct((clips, *shape), "float32") for shape in ((8, height, width, 4), (77, 24))]
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), clips))
     program = jax.jit(jax.grad(loss)).trace(lora, params, *given, keys).lower(lowering_platforms=("cuda",)).as_text()
-    assert program.count("__cudnn$fmhaSoftmaxBackward") >= 4
+    assert program.count("__cudnn$fmhaScaleBiasSoftmaxBackward") >= 4  # over time
+    assert "__cudnn$fmhaSoftmaxBackward" in program  # over space
