@@ -105,8 +105,8 @@ def fused_limit() -> int:
     """The widest head that cuDNN's kernel takes: 256 on Hopper and later, 128 before, none without an NVIDIA GPU."""
     if jax.default_backend() != "gpu":
         return 0
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", "0"))
-    return 0 if not capability[0].isdigit() else 256 if float(capability) >= 9 else 128
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    return 0 if not capability[:1].isdigit() else 256 if float(capability) >= 9 else 128
 
 
 def _attend_head(q, k, v, causal: bool, first=0, keys: str = "td"):

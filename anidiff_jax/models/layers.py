@@ -234,7 +234,7 @@ class GEGLU(nn.Module):
 
 
 def gelu(x):
-    """x Φ(x), exactly, by erf as in PyTorch: JAX's own is by erfc, which costs twice as much on a GPU, and so do its gradients on a CPU."""
+    """x Φ(x), exactly, by erf as in PyTorch: JAX's own is by erfc, whose gradient takes a CPU twice as long."""
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
 
