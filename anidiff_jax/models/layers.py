@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from anidiff_jax.models.attention import attend
 from anidiff_jax.models.convolution import convolve, convolve_doubled
+from anidiff_jax.random import chosen
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Dense(nn.Module):
             down: Any = self.get_variable("lora", "lora_A")
             up: Any = self.get_variable("lora", "lora_B")
             if s.lora_dropout and self.has_rng("dropout"):
-                kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - s.lora_dropout, x.shape)
+                kept = chosen(self.make_rng("dropout"), 1 - s.lora_dropout, x.shape)
                 x = jnp.where(kept, x / (1 - s.lora_dropout), 0).astype(dtype)
             low = jnp.matmul(x, down["weight"].astype(dtype), precision=s.precision)
             y = y + jnp.matmul(low, up["weight"].astype(dtype), precision=s.precision)
