@@ -5,7 +5,6 @@ import zlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.random import define_prng_impl
 
 
@@ -20,11 +19,6 @@ def quick(key):
     For dropout: every adapted layer of every step draws a number for each of its inputs, and needs no more than that they look random.
     """
     return jax.random.wrap_key_data(jax.random.key_data(key)[..., -2:], impl=_HASHED)
-
-
-def chosen(key, share: float, shape: tuple[int, ...]):
-    """bool of this shape, each True with the probability `share`: as jax.random.bernoulli, without a detour over floats."""
-    return jax.random.bits(key, shape, "uint32") < np.uint32(min(share * 2**32, 2**32 - 1))
 
 
 def _mixed(x):
@@ -42,9 +36,11 @@ def _hashed(key, number):
 
 @jax.jit
 def _fold_in(key, number):
-    """What depends on the number alone, a layer's name say, XLA computes while it compiles: an addition and an exclusive or are left."""
+    """What depends on the number alone, a layer's name say, XLA computes while it compiles: an addition and an exclusive or are left.
+
+    The words change places, so that it matters which of two numbers comes first."""
     number = number.astype(jnp.uint32)
-    return jnp.stack([key[0] + _mixed(number), key[1] ^ _mixed(~number)])
+    return jnp.stack([key[1] ^ _mixed(~number), key[0] + _mixed(number)])
 
 
 def _places(shape):

@@ -3,9 +3,9 @@
     python benchmarks/choices.py                        # some minutes; float32 on a CPU, bfloat16 on a GPU
     python benchmarks/choices.py --only attention norm  # some groups
 
-Each form computes the same of the same input; seconds of one call and of one with gradients (the least of --repeats, on a machine that
-does nothing else), and the temporary memory of the compiled gradient. A star marks what the project takes on this device. Results in
-benchmarks/results/choices-<device>.json and .md; of all that is not starred, they are the record of what lost.
+Each form computes the same of the same input; seconds of one call and of one with gradients (the least of --repeats, on a GPU of ten calls
+through ten; on a machine that does nothing else), and the temporary memory of the compiled gradient. A star marks what the project takes on
+this device. Results in benchmarks/results/choices-<device>.json and .md; of all that is not starred, they are the record of what lost.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def dropouts(dtype: str, frames: int) -> Iterator[Case]:
     for rows, c in ((frames * 1024, 320), (frames * 4096, 1280)):
 
         def drop(x, key):
-            return jnp.where(jax.random.bernoulli(key, 0.95, x.shape), x / 0.95, 0).astype(x.dtype)
+            return jnp.where(layers.chosen(key, 0.95, x.shape), x / 0.95, 0).astype(x.dtype)
 
         kinds = {"threefry": lambda key: key, "rbg": of_xla, "hashed": quick}
         forms = {name: lambda x, kind=kind, drop=drop: drop(x, kind(jax.random.key(0))) for name, kind in kinds.items()}
@@ -218,7 +218,7 @@ def table(result: dict) -> str:
                 f"| {case['group'] + ': ' + case['what'] if i == 0 else ''} | {said} | {1e3 * f['seconds']:.3g} "
                 f"| {1e3 * f['with_gradients']:.3g} | {f['megabytes']:.0f} | {differs} |"
             )
-    return "\n".join([*lines, "", "\\* what the project takes on this device.", ""])
+    return "\n".join([*lines, "", "\\* what the project takes on this device.", *([result["note"]] if "note" in result else []), ""])
 
 
 def main() -> None:

@@ -120,7 +120,8 @@ class Side:
 
     def end(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -130,13 +131,16 @@ def side_by_side(case: str, shape: Shape, suite: dict, rounds: int) -> Iterator[
     for side in suite["sides"]:
         output_of(side, case).unlink(missing_ok=True)
     if suite["beside"]:
-        sides = {name: Side(name, case, shape) for name in found}
-        sides = {name: side for name, side in sides.items() if side.hear()}
-        for _ in range(rounds):
-            found |= {name: [side.found] for name, side in sides.items() if side.call(suite["repeats"])}
-            yield summary(case, shape, found)
-        for side in sides.values():
-            side.end()
+        started = {name: Side(name, case, shape) for name in found}
+        try:
+            sides = {name: side for name, side in started.items() if side.hear()}
+            for _ in range(rounds):
+                sides = {name: side for name, side in sides.items() if side.call(suite["repeats"])}
+                found |= {name: [side.found] for name, side in sides.items()}
+                yield summary(case, shape, found)
+        finally:
+            for side in started.values():
+                side.end()
         return
     for _ in range(rounds):
         for name in found:

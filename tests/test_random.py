@@ -1,10 +1,13 @@
 """Keys for dropout look random, in each draw and from one draw to another."""
 
+from functools import reduce
+
 import jax
 import numpy as np
 import pytest
 
-from anidiff_jax.random import chosen, purpose, quick
+from anidiff_jax.models.layers import chosen
+from anidiff_jax.random import purpose, quick
 
 DRAWS = (100, 40, 500)  # keys, rows, columns
 
@@ -39,3 +42,11 @@ def test_quick_keys_follow_their_key():
     np.testing.assert_array_equal(draw(3), draw(3))
     assert 0.7 < (draw(3) == draw(4)).mean() < 0.9  # 0.82
     assert draw(3).mean() == pytest.approx(0.9, abs=0.03)
+
+
+def test_the_order_of_numbers_matters():
+    key, data = quick(jax.random.key(0)), jax.random.key_data
+    of = lambda *numbers: data(reduce(jax.random.fold_in, numbers, key)).tolist()
+    assert len({tuple(of(*numbers)) for numbers in ((1, 2), (2, 1), (1, 1), (2, 2), (1,), (2,), ())}) == 7
+    nested = data(jax.vmap(lambda key: jax.random.split(key, 8))(jax.random.split(key, 8))).reshape(64, 2)
+    assert len(np.unique(nested, axis=0)) == 64

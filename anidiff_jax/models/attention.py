@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 CHUNK_ABOVE = 256 * 1024  # logits of one head above which a CPU is faster, and smaller, one head at a time
-MOST_LOGITS = 512 * 1024 * 1024  # of all heads that elsewhere are kept at once, two gigabytes
-PACKED_LENGTH, MOST_EXAMPLES = 256, 65_535  # of cuDNN's kernel for short sequences: heads times length; its grid has no place for more
+MOST_LOGITS = 512 * 1024 * 1024  # of all heads elsewhere, two gigabytes of a layer; vmap shows one clip of several
+PACKED_LENGTH, MOST_EXAMPLES = 128, 65_535  # heads times length, one tile of cuDNN's kernel, whose grid has no place for more examples
 LOGITS_AT_ONCE = 4 * 1024 * 1024  # of a head on a CPU: so they stay in the cache
 
 
@@ -17,13 +17,13 @@ def attend(q, k, v, kind: str = "auto", causal: bool = False):
     kind: xla      all heads at once, logits kept for the backward pass
           chunked  one head of one example at a time, on a CPU some of its queries; logits are recomputed in the backward pass
           cudnn    the GPU's fused kernel; float16 and bfloat16 only
-          packed   that kernel for short sequences: an example's heads in one row, where each sees its own
+          packed   that kernel for short sequences, without gradients: an example's heads in one row, where each sees its own
           auto     cudnn or packed where they apply, else chunked where the logits are large, else xla
     """
     if kind == "auto" or (kind == "cudnn" and q.shape[-1] > fused_limit()):
         kind = choose(q.shape, k.shape[1], q.dtype)
     if kind == "packed":
-        return _packed(q, k, v)
+        return _packed(q, k, v, causal)
     if kind == "cudnn":
         return _fused(q, k, v, causal)
     return _attend(q, k, v, kind == "chunked", causal)
@@ -49,12 +49,20 @@ def _backward(causal, qkv, dy):
 _fused_at_odd_lengths.defvjp(lambda q, k, v, causal: (_cudnn(q, k, v, causal), (q, k, v)), _backward)
 
 
-def _packed(q, k, v):
+def _packed_row(q, k, v, causal: bool):
     """The kernel works on 64 or 128 queries at a time. Sixteen frames of eight heads are 128, and lie in memory as it wants them."""
     row = lambda x: x.reshape(x.shape[0], -1, 1, x.shape[-1])  # b s h d -> b (s h) 1 d
-    head = lambda x: jnp.arange(x.shape[1] * x.shape[2]) % x.shape[2]
-    same = (head(q)[:, None] == head(k))[None, None]
-    return jax.nn.dot_product_attention(row(q), row(k), row(v), mask=same, implementation="cudnn").reshape(q.shape)
+    place = lambda x: jnp.divmod(jnp.arange(x.shape[1] * x.shape[2]), x.shape[2])
+    (frame, head), (other_frame, other_head) = place(q), place(k)
+    seen = head[:, None] == other_head
+    if causal:
+        seen &= frame[:, None] >= other_frame
+    return jax.nn.dot_product_attention(row(q), row(k), row(v), mask=seen[None, None], implementation="cudnn").reshape(q.shape)
+
+
+# Where there are gradients it is as fast as XLA's products or slower, and would compute one by the mask: there, those are taken.
+_packed = jax.custom_vjp(_packed_row, nondiff_argnums=(3,))
+_packed.defvjp(lambda q, k, v, causal: jax.vjp(lambda q, k, v: attend(q, k, v, "xla", causal), q, k, v), lambda causal, pull, dy: pull(dy))
 
 
 @partial(jax.jit, static_argnums=(3, 4))  # traced once for each shape, however many layers have that
@@ -102,11 +110,12 @@ def _by_size(shape: tuple[int, ...], keys: int) -> str:
 
 
 def fused_limit() -> int:
-    """The widest head that cuDNN's kernel takes: 256 on Hopper and later, 128 before, none without an NVIDIA GPU."""
+    """The widest head that cuDNN's kernel takes: 256 on Hopper and later, 128 on Ampere and Ada, none before and without an NVIDIA GPU."""
     if jax.default_backend() != "gpu":
         return 0
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-    return 0 if not capability[:1].isdigit() else 256 if float(capability) >= 9 else 128
+    generation = float(capability) if capability[:1].isdigit() else 0
+    return 256 if generation >= 9 else 128 if generation >= 8 else 0
 
 
 def _attend_head(q, k, v, causal: bool, first=0, keys: str = "td"):

@@ -7,7 +7,7 @@ A 1×1 convolution is a product anyway, and on a CPU 1.2 to 2.6 times as fast if
 
 A 3×3 convolution of an image that was doubled by its nearest neighbours sees each pixel of the small image several times: it is four
 2×2 convolutions of that, with 2.25 times fewer multiplications; on a CPU 1.2 to 2.5 times as fast from 16² on, at 8² about as fast;
-on an H100 1.2 to 1.4 times.
+on an H100 in bfloat16 1.2 to 1.4 times, but for gradients by the weight, which are slower.
 
 And on a CPU, XLA brings a convolution into the form that its fast code takes only outside of loops. Those that JAX makes for
 gradients have another form, and run 15 times slower in the loop over micro-batches; `plain` has gradients in the fast form.

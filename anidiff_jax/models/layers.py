@@ -13,7 +13,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from anidiff_jax.models.attention import attend
 from anidiff_jax.models.convolution import convolve, convolve_doubled
-from anidiff_jax.random import chosen
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,11 @@ class Dense(nn.Module):
         return checkpoint_name(y, PROJECTED) if self.kept else y
 
 
+def chosen(key, share: float, shape: tuple[int, ...]):
+    """bool of this shape, each True with the probability `share`: as jax.random.bernoulli, without a detour over floats."""
+    return jax.random.bits(key, shape, "uint32") < np.uint32(min(share * 2**32, 2**32 - 1))
+
+
 class Conv(nn.Module):
     """2-D convolution over the last three axes (..., h, w, c); weight (kernel, kernel, in, features).
 
@@ -159,7 +163,8 @@ class GroupNorm(nn.Module):
 def group_norm(x, weight, bias, groups: int, eps: float, axes: tuple[int, ...]):
     """x (…, c) normalised over `axes` and the channels of a group, float32.
 
-    Seen once for both sums, and still without cancellation: each channel's are of what it differs by from its first value.
+    Seen once for both sums: each channel's are of what it differs by from its value in the middle, so that hardly anything cancels.
+    (Not from its first, which lies in a corner: there convolutions see zeros.)
     """
     grouped = lambda per_channel: per_channel.reshape(*per_channel.shape[:-1], groups, -1)
 
@@ -168,7 +173,8 @@ def group_norm(x, weight, bias, groups: int, eps: float, axes: tuple[int, ...]):
         return jnp.broadcast_to(mean, grouped(per_channel).shape).reshape(per_channel.shape)
 
     x = x.astype(jnp.float32)
-    start = jax.lax.stop_gradient(x[tuple(slice(1) if i - x.ndim in axes else slice(None) for i in range(x.ndim))])
+    middle = tuple(slice(n // 2, n // 2 + 1) if i - x.ndim in axes else slice(None) for i, n in enumerate(x.shape))
+    start = jax.lax.stop_gradient(x[middle])
     offset, square = (x - start).mean(axes, keepdims=True), jnp.square(x - start).mean(axes, keepdims=True)
     mean = over_group(start + offset)
     variance = over_group(square - jnp.square(offset) + jnp.square(start + offset - mean))

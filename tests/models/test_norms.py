@@ -3,12 +3,13 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import UNetMotionModel
 
-from anidiff_jax.models.layers import Settings
+from anidiff_jax.models.layers import Settings, gelu, group_norm
 from anidiff_jax.weights.base import load_model
 from anidiff_jax.weights.kinds import recognise
 from anidiff_jax.weights.merge import merged_adapter, write_adapter, write_original
@@ -103,3 +104,29 @@ def test_strength(base, adapter):
     np.testing.assert_allclose(run(0.0), run(1.0, None), rtol=1e-5, atol=1e-5)
     assert np.abs(run(0.5) - run(0.0)).max() > 0.01
     assert np.abs(run(0.5) - run(1.0)).max() > 0.01
+
+
+@pytest.mark.parametrize("case", ["far from zero", "a corner unlike the rest", "frames unlike each other"])
+def test_group_norm_loses_no_digits(case):
+    """Against float64, where sums of squares would lose them."""
+    x = np.random.default_rng(0).standard_normal((2, 3, 8, 6, 16)).astype(np.float32)
+    if case == "far from zero":
+        x += 300
+    elif case == "a corner unlike the rest":
+        x[..., 0, 0, :] = 100
+    else:
+        x += 100 * np.arange(3, dtype=np.float32)[:, None, None, None]
+    for axes in ((-3, -2), (-4, -3, -2)):
+        wide = x.astype(np.float64).reshape(*x.shape[:-1], 4, 4)
+        over = (*(axis - 1 for axis in axes), -1)
+        expected = (wide - wide.mean(over, keepdims=True)) / np.sqrt(wide.var(over, keepdims=True) + 1e-5)
+        ours = group_norm(jnp.asarray(x), jnp.ones(16), jnp.zeros(16), 4, 1e-5, axes)
+        np.testing.assert_allclose(ours, expected.reshape(x.shape), atol=1e-4 if case == "far from zero" else 2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gelu_is_that_of_torch(dtype):
+    x = np.linspace(-9, 9, 4001, dtype=np.float32)
+    theirs = torch.nn.functional.gelu(torch.tensor(x).to(getattr(torch, dtype))).float()
+    ours = np.asarray(gelu(jnp.asarray(x, dtype)), np.float32)
+    np.testing.assert_allclose(ours, theirs, rtol=0 if dtype == "float32" else 2**-7, atol=2e-6)
