@@ -6,7 +6,8 @@
 Both sides run in float32 without TensorFloat-32 and in bfloat16, each in a process of its own, one after another: while XLA tries kernels
 for float32 it takes tens of gigabytes for some of them, and leaves others none. PyTorch's float32 is what the others are compared with: in
 bfloat16 no two programs agree to the last digit, so ours should be as far from it as PyTorch's own.
-Text encoder, VAE, UNet, and the gradient of every motion parameter, with gradient checkpointing, as an update computes it.
+Text encoder, VAE, UNet, and the gradient of every motion parameter (its first 65,536 numbers), with gradient checkpointing, as an update
+computes it.
 Differences are norms: ‖ours − theirs‖ / ‖theirs‖, of gradients the median and the largest over all parameters.
 Results in benchmarks/results/parity-<device>.json and .md. Needs pip install -e '.[test]'.
 """
@@ -159,7 +160,10 @@ def device() -> str:
 
 def table(result: dict) -> str:
     columns = result["differences"]
-    lines = [f"{result['machine']}; {result['size']}² × {result['frames']} frames, full size; `python benchmarks/parity.py`", ""]
+    lines = [
+        f"{result['machine']}; {result['size']}² × {result['frames']} frames, full size; `python benchmarks/parity.py --size {result['size']} --frames {result['frames']}`",
+        "",
+    ]
     lines += [f"| ‖x − y‖ / ‖y‖, y: PyTorch, float32 | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
     lines += [f"| {what} | {' | '.join(f'{of[what]:.1e}' for of in columns.values())} |" for what in next(iter(columns.values()))]
     return "\n".join([*lines, ""])
