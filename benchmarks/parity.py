@@ -160,10 +160,8 @@ def device() -> str:
 
 def table(result: dict) -> str:
     columns = result["differences"]
-    lines = [
-        f"{result['machine']}; {result['size']}² × {result['frames']} frames, full size; `python benchmarks/parity.py --size {result['size']} --frames {result['frames']}`",
-        "",
-    ]
+    command = f"python benchmarks/parity.py --size {result['size']} --frames {result['frames']}"
+    lines = [f"{result['machine']}; {result['size']}² × {result['frames']} frames, full size; `{command}`", ""]
     lines += [f"| ‖x − y‖ / ‖y‖, y: PyTorch, float32 | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
     lines += [f"| {what} | {' | '.join(f'{of[what]:.1e}' for of in columns.values())} |" for what in next(iter(columns.values()))]
     return "\n".join([*lines, ""])
