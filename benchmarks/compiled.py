@@ -272,8 +272,9 @@ def table(results: dict[str, Any]) -> str:
         seconds = "" if untold else f"{1000 * (r['flops'] / PRODUCTS + other / MEMORY):.0f} ms"
         cells = [name, stays, temporary, peak, r["kernels"], f"{r['flops'] / 1e12:.1f}", moved, rest, seconds, f"{r['compile']:.0f} s"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    if earlier := results.get("earlier"):
-        lines += ["", f"Of earlier code, and jax 0.10.2: {', '.join(earlier)}."]
+    for version in sorted({r["jax"] for r in results["programs"].values()} - {results["jax"]}):
+        earlier = [name for name, r in results["programs"].items() if r["jax"] == version]
+        lines += ["", f"Compiled by jax {version}, of earlier code: {', '.join(earlier)}."]
     speeds = f"products at {PRODUCTS / 1e12:.0f} TFLOP/s and all else at {MEMORY / 1e12:.0f} TB/s"
     lines += [
         "", "Stays: weights, state and inputs. TFLOP: what checkpointing repeats too. Moved: read and written by all kernels. On",
@@ -296,10 +297,11 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {"programs": {}}
     results |= {"device": device.device_kind, "jax": jax.__version__}
     for name in args.only:
-        results["programs"][name] = r = compiled(PROGRAMS[name](), device, args.keep and args.keep / f"{name}.hlo")
+        results["programs"][name] = r = {"jax": jax.__version__} | compiled(
+            PROGRAMS[name](), device, args.keep and args.keep / f"{name}.hlo"
+        )
         print(f"{name}: {r['peak'] / 1e9:.2f} GB, {r['temporary'] / 1e9:.2f} of it temporary; compiled in {r['compile']:.0f} s", flush=True)
         results["programs"] = {n: results["programs"][n] for n in PROGRAMS if n in results["programs"]}
-        results["earlier"] = [n for n in results.get("earlier", []) if n != name]
         path.write_text(json.dumps(results, indent=2) + "\n")
     text = table(results)
     path.with_suffix(".md").write_text(text)

@@ -228,7 +228,7 @@ def main() -> None:
     shapes = [Shape(size, args.frames or 16, args.dtype or settings["dtype"]) for size in sizes]
     if any(case.startswith("train") for case in cases):
         for shape in shapes:
-            on_cpu(f"from benchmarks import ours; ours.write_draws({shape!r})".replace("Shape(", "ours.Shape("))
+            on_cpu(f"from benchmarks.ours import Shape, write_draws; write_draws({shape!r})")
     for shape in shapes:
         for case in cases:
             for result in side_by_side(case, shape, settings, args.rounds or settings["rounds"]):

@@ -42,11 +42,11 @@ def _cudnn(q, k, v, causal: bool):
 _fused_at_odd_lengths = jax.custom_vjp(_cudnn, nondiff_argnums=(3,))
 
 
-def _backward(causal, qkv, dy):
+def _backward_of_others(causal, qkv, dy):
     return jax.vjp(lambda q, k, v: attend(q, k, v, _by_size(q.shape, k.shape[1]), causal), *qkv)[1](dy)
 
 
-_fused_at_odd_lengths.defvjp(lambda q, k, v, causal: (_cudnn(q, k, v, causal), (q, k, v)), _backward)
+_fused_at_odd_lengths.defvjp(lambda q, k, v, causal: (_cudnn(q, k, v, causal), (q, k, v)), _backward_of_others)
 
 
 def _packed_row(q, k, v, causal: bool):
