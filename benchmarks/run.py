@@ -3,8 +3,9 @@
     make bench                                                     # the suite of this machine's kind
     python benchmarks/run.py --suite cpu --only forward vae_decode # some cases, float32, 256² × 16 frames
     python benchmarks/run.py --suite gpu                           # sampling: bfloat16, 512² × 16 frames
-    python benchmarks/run.py --suite gpu_training                  # updates with checkpointing: bfloat16, 256² and 512² × 16 frames
-    python benchmarks/run.py --suite gpu_training --size 512 --only train_lora # one without
+    python benchmarks/run.py --suite gpu_training                  # updates with checkpointing: bfloat16, 512² × 16 frames
+    python benchmarks/run.py --suite gpu_training --size 256       # the same at 256²: compiling takes minutes, so each size is a run
+    python benchmarks/run.py --suite gpu_training --only train_lora # one without
 
 Each side of a case runs in a process of its own; the first call, which compiles, is not counted. On a CPU, where both sides do not fit into
 memory, processes follow each other, --rounds times. On a GPU, where compiling takes longer than what is measured, the sides compile beside
@@ -42,7 +43,7 @@ SUITES = {
         "cases": ["matmul", "forward", "cfg_step", "vae_encode", "vae_decode", "train_full_checkpointing", "train_lora_checkpointing"],
     },
     "gpu": {**GPU, "sizes": [512], "cases": ["matmul", "sample_25", "sample_4", "vae_encode", "vae_decode"]},
-    "gpu_training": {**GPU, "sizes": [256, 512], "cases": ["train_lora_checkpointing", "train_full_checkpointing"]},
+    "gpu_training": {**GPU, "sizes": [512], "cases": ["train_lora_checkpointing", "train_full_checkpointing"]},
 }  # fmt: skip
 NAMES = {"ours": "anidiff-jax", "theirs": "PyTorch diffusers", "theirs_compiled": "the same, torch.compile"}
 
@@ -212,6 +213,7 @@ def main() -> None:
     parser.add_argument("--suite", choices=SUITES, help="not given: that of this machine")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="some cases, those outside the suite too")
     parser.add_argument("--rounds", type=int, help="alternations of the sides; not given: the suite's")
+    parser.add_argument("--repeats", type=int, help="calls of each side in a round, after the first; not given: the suite's")
     parser.add_argument("--size", type=int, help="pixels a side; not given: the suite's sizes")
     for name, of in (("side", str), ("frames", int), ("dtype", str)):
         parser.add_argument(f"--{name}", type=of, help=argparse.SUPPRESS)
@@ -221,7 +223,7 @@ def main() -> None:
         return
     make_model()
     suite = args.suite or ("gpu" if has_gpu() else "cpu")
-    settings = SUITES[suite]
+    settings = SUITES[suite] | ({"repeats": args.repeats} if args.repeats else {})
     sizes = [args.size] if args.size else settings["sizes"]
     RESULTS.mkdir(exist_ok=True)
     cases = args.only or settings["cases"]
