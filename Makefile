@@ -1,5 +1,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check
+# JAX for the GPU where there is one; `make demo EXTRA=` takes that for CPUs all the same, and `EXTRA=[tpu]` that for TPUs.
+EXTRA ?= $(if $(shell command -v nvidia-smi),[cuda])
 
 .PHONY: demo studio test soak evaluate bench check clean
 .DEFAULT_GOAL := demo
@@ -11,10 +13,10 @@ studio: .venv/studio  ## a page to make, compare and watch videos, on the embedd
 	.venv/bin/python studio.py
 
 test: .venv/test  ## parity with PyTorch, and everything else
-	.venv/bin/python -m pytest
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest
 
 soak: .venv/test  ## the tests that take long: kill and resume at random moments, millions of rows
-	.venv/bin/python -m pytest -m soak -n 0
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -m soak -n 0
 
 evaluate: .venv/dev  ## does training work? the long evaluations of the embedded world, as tables
 	.venv/bin/python benchmarks/shapes.py
@@ -33,7 +35,7 @@ check: .venv/dev  ## style and types
 
 .venv/core: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PIP) install --quiet --editable .
+	$(PIP) install --quiet --editable '.$(EXTRA)'
 	touch $@
 
 .venv/studio: pyproject.toml | .venv/core
