@@ -28,7 +28,8 @@ class Options:
     mask_video: str | None = arg(None, "video or picture; only where it is white, init_video or init_image is painted anew")
     init_stride: int = arg(1, "distance of the frames that are taken of init_video and mask_video")
     strength: float = arg(
-        0.8, "share of the steps that init_video or init_image is painted over with, above 0: little = almost as it is, 1 = a hint of it stays"
+        0.8,
+        "share of the steps that init_video or init_image is painted over with, above 0: little = almost as it is, 1 = hardly a hint left",
     )
     guidance_rescale: float = arg(0.0, "share by which guidance is brought back to the deviation of a video without it; 0.7, say")
     guidance_start: float = arg(0.0, "share of the steps before which there is no guidance, at half the cost")

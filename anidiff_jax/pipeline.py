@@ -216,7 +216,7 @@ class AnimateDiffPipeline:
         networks, params = self.model.networks, self.model.params
         prompts = [prompt] if isinstance(prompt, str | Mapping) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        seeds = [int(seed)] * len(prompts) if isinstance(seed, int | np.integer) else list(seed)
         for name, given in (("negative prompts", negatives), ("seeds", seeds)):
             if len(given) != len(prompts):
                 raise UserError(f"{len(given)} {name} for {len(prompts)} prompts: give one for all, or one for each")

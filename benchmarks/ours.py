@@ -141,7 +141,7 @@ def write_draws(shape: Shape) -> None:
 
 
 def forward_flops(shape: Shape) -> int:
-    """Of one UNet forward, counted in bfloat16, which has no fast convolutions."""
+    """Of one UNet forward."""
     network = _unet()
     side = shape.size // 8
     given = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, shape.frames, side, side, 4), (1, 77, 768))]
@@ -162,7 +162,7 @@ def _vae_flops(shape: Shape, given: tuple[int, ...], method: str) -> int:
     from anidiff_jax.models.vae import AutoencoderKL, vae_config
     from benchmarks.full_size import VAE
 
-    network = AutoencoderKL(vae_config(VAE), Settings(dtype="bfloat16"))
+    network = AutoencoderKL(vae_config(VAE), Settings(fast=False))
     ask = lambda p, x: network.apply({"params": p}, x, method=method)
     return shape.frames * count_flops(ask, _shapes_of(network), jax.ShapeDtypeStruct(given, jnp.float32))
 
@@ -181,7 +181,7 @@ def _unet() -> UNet:
     from anidiff_jax.models.config import fresh_motion_config, unet_config
     from benchmarks.full_size import UNET
 
-    return UNet(unet_config(UNET, fresh_motion_config(UNET, heads=8, max_frames=32)), Settings(dtype="bfloat16"))
+    return UNet(unet_config(UNET, fresh_motion_config(UNET, heads=8, max_frames=32)), Settings(fast=False))
 
 
 def _shapes_of(network):

@@ -6,21 +6,22 @@ import jax
 import jax.numpy as jnp
 
 CHUNK_ABOVE = 256 * 1024  # logits of one head above which a CPU is faster, and smaller, one head at a time
-MOST_LOGITS = 512 * 1024 * 1024  # of all heads elsewhere, two gigabytes of a layer; vmap shows one clip of several
+MOST_LOGITS = 512 * 1024 * 1024  # of all heads, below which another device takes them at once; vmap shows one clip of several
 PACKED_LENGTH, MOST_EXAMPLES = 128, 65_535  # heads times length, one tile of cuDNN's kernel, whose grid has no place for more examples
 LOGITS_AT_ONCE = 4 * 1024 * 1024  # of a head on a CPU: so they stay in the cache
+LOGITS_AT_ONCE_ELSEWHERE = 64 * 1024 * 1024  # a quarter of a gigabyte: images beyond 700² in the VAE
 
 
 def attend(q, k, v, kind: str = "auto", causal: bool = False):
     """softmax(q kᵀ / sqrt(d)) v for q (b, s, h, d) and k, v (b, t, h, d) → (b, s, h, d); softmax in float32.
 
     kind: xla      all heads at once, logits kept for the backward pass
-          chunked  one head of one example at a time, on a CPU some of its queries; logits are recomputed in the backward pass
+          chunked  one head of one example at a time, of many logits some of its queries; they are recomputed in the backward pass
           cudnn    the GPU's fused kernel; float16 and bfloat16 only
           packed   that kernel for short sequences, without gradients: an example's heads in one row, where each sees its own
           auto     cudnn or packed where they apply, else chunked where the logits are large, else xla
     """
-    if kind == "auto" or (kind == "cudnn" and q.shape[-1] > fused_limit()):
+    if kind == "auto" or (kind == "cudnn" and not _fits(q.shape[-1], q.dtype)):
         kind = choose(q.shape, k.shape[1], q.dtype)
     if kind == "packed":
         return _packed(q, k, v, causal)
@@ -78,12 +79,12 @@ def _attend(q, k, v, chunked: bool, causal: bool):
 
 
 def _attend_in_chunks(q, k, v, causal: bool):
-    """q (s, d), k and v (d, t): on a CPU as many queries at a time as divide s and have no more logits than LOGITS_AT_ONCE.
+    """q (s, d), k and v (d, t): as many queries at a time as divide s and have no more logits than LOGITS_AT_ONCE.
 
     k and v lie so because their gradients are then products that a CPU does three times as fast.
     """
     (s, d), t = q.shape, k.shape[1]
-    least = min(s, -(-s * t // LOGITS_AT_ONCE)) if jax.default_backend() == "cpu" else 1
+    least = min(s, -(-s * t // (LOGITS_AT_ONCE if jax.default_backend() == "cpu" else LOGITS_AT_ONCE_ELSEWHERE)))
     chunks = next(n for n in range(least, s + 1) if s % n == 0)
     some = jax.checkpoint(lambda first, q: _attend_head(q, k, v, causal, first, "dt"))
     if chunks == 1:
@@ -94,7 +95,7 @@ def _attend_in_chunks(q, k, v, causal: bool):
 def choose(shape: tuple[int, ...], keys: int, dtype) -> str:
     """The kind that "auto" stands for, of queries of this shape, (b, s, h, d)."""
     examples, queries, heads, head_dim = shape
-    fits = head_dim % 8 == 0 and head_dim <= fused_limit() and dtype in (jnp.float16, jnp.bfloat16)
+    fits = _fits(head_dim, dtype)
     if fits and queries > 64:
         return "cudnn"
     if fits and max(queries, keys) * heads <= PACKED_LENGTH and examples <= MOST_EXAMPLES and heads % 2 == 0:
@@ -102,20 +103,28 @@ def choose(shape: tuple[int, ...], keys: int, dtype) -> str:
     return _by_size(shape, keys)
 
 
+def _fits(head_dim: int, dtype) -> bool:
+    """Whether cuDNN's kernel takes such heads."""
+    return head_dim % 8 == 0 and head_dim <= fused_limit() and dtype in (jnp.float16, jnp.bfloat16)
+
+
 def _by_size(shape: tuple[int, ...], keys: int) -> str:
     """Short sequences, such as the frames of a clip, are one batched product anywhere."""
     examples, queries, heads, _ = shape
-    large = queries * keys > CHUNK_ABOVE if jax.default_backend() == "cpu" else examples * heads * queries * keys > MOST_LOGITS
-    return "chunked" if large else "xla"
+    many = jax.default_backend() == "cpu" or examples * heads * queries * keys > MOST_LOGITS
+    return "chunked" if many and queries * keys > CHUNK_ABOVE else "xla"
 
 
 def fused_limit() -> int:
-    """The widest head that cuDNN's kernel takes: 256 on Hopper and later, 128 on Ampere and Ada, none before and without an NVIDIA GPU."""
+    """The widest head that cuDNN's kernel takes, with gradients: 256 on Hopper, 128 on other GPUs from Ampere on, none before those.
+
+    Blackwell's takes wider heads forward only, which JAX does not check.
+    """
     if jax.default_backend() != "gpu":
         return 0
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
     generation = float(capability) if capability[:1].isdigit() else 0
-    return 256 if generation >= 9 else 128 if generation >= 8 else 0
+    return 256 if 9 <= generation < 10 else 128 if generation >= 8 else 0
 
 
 def _attend_head(q, k, v, causal: bool, first=0, keys: str = "td"):

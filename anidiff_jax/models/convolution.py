@@ -26,8 +26,13 @@ POSITIONS_OF_A_BAND = 4096  # larger frames are taken in bands of rows
 MOST_POSITIONS = 4 * POSITIONS_OF_A_BAND  # of a frame; where there are more, channels are few, and Winograd loses
 
 
-def convolve(x, weight, stride: int, padding, precision):
-    """x (n, h, w, in) and weight (kh, kw, in, out) → (n, h', w', out); padding ((top, bottom), (left, right)) of zeros."""
+def convolve(x, weight, stride: int, padding, precision, fast: bool = True):
+    """x (n, h, w, in) and weight (kh, kw, in, out) → (n, h', w', out); padding ((top, bottom), (left, right)) of zeros.
+
+    fast: False takes XLA's own, whatever would be faster.
+    """
+    if not fast:
+        return _xla(x, weight, stride, padding, precision)
     if weight.shape[:2] == (1, 1) and stride == 1:
         return jnp.matmul(x, weight[0, 0], precision=precision)
     same = weight.shape[:2] == (3, 3) and stride == 1 and padding == ((1, 1), (1, 1))
@@ -37,18 +42,19 @@ def convolve(x, weight, stride: int, padding, precision):
     return plain(x, weight, stride, padding, precision) if jax.default_backend() == "cpu" else _xla(x, weight, stride, padding, precision)
 
 
-def convolve_doubled(x, weight, size: tuple[int, int], precision):
+def convolve_doubled(x, weight, size: tuple[int, int], precision, fast: bool = True):
     """x (n, h, w, in), doubled by its nearest neighbours and cropped to `size`, and weight (3, 3, in, out) → (n, *size, out)."""
     _, h, w, _ = x.shape
-    whole = size == (2 * h, 2 * w)
-    return phases(x, weight, precision) if whole and in_phases(h, w, x.dtype) else of_doubled(x, weight, size, precision)
+    if fast and size == (2 * h, 2 * w) and in_phases(h, w, x.dtype):
+        return phases(x, weight, precision)
+    return of_doubled(x, weight, size, precision, fast)
 
 
-def of_doubled(x, weight, size: tuple[int, int], precision):
+def of_doubled(x, weight, size: tuple[int, int], precision, fast: bool = True):
     """The same, the doubled image made first."""
     n, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
-    return convolve(x[:, : size[0], : size[1]], weight, 1, ((1, 1), (1, 1)), precision)
+    return convolve(x[:, : size[0], : size[1]], weight, 1, ((1, 1), (1, 1)), precision, fast)
 
 
 def in_phases(height: int, width: int, dtype) -> bool:

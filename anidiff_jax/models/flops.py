@@ -11,7 +11,7 @@ def count_flops(function: Callable, *arguments: Any) -> int:
     """Of one call with arguments of these shapes (arrays or jax.ShapeDtypeStruct); nothing is computed.
 
     What is not a product or a convolution is left out: about one in a hundred. A fast algorithm (`convolution.winograd`) counts
-    as what it does; where the plain convolution is meant, count in bfloat16, which has none.
+    as what it does, and a GPU's fused attention as nothing: where a network's own operations are meant, count with `Settings(fast=False)`.
     """
     return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
 

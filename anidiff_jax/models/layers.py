@@ -26,6 +26,7 @@ class Settings:
     motion_norm: joint | per_frame, the statistics of the motion modules' GroupNorm: over all frames (diffusers) or in each alone
         (the original AnimateDiff). spatial_norm: per_frame | joint, the same of the resnets' norms and the UNet's last (v1: joint).
     motion_scale: factor of what motion modules add; 0 is the image model.
+    fast: False takes every convolution and attention in its plain form, so that operations can be counted.
     perturbed: regular expression; self-attentions of such names let each place see only itself (Ahn et al., 2024, arXiv:2403.17377).
     """
 
@@ -37,6 +38,7 @@ class Settings:
     spatial_norm: str = "per_frame"
     motion_scale: float = 1.0
     perturbed: str = ""
+    fast: bool = True
 
     @property
     def precision(self) -> str | None:
@@ -121,7 +123,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        dtype, precision = jnp.dtype(self.settings.dtype), self.settings.precision
+        dtype, precision, fast = jnp.dtype(self.settings.dtype), self.settings.precision, self.settings.fast
         side = (self.kernel - 1) // 2
         weight = parameter(self, "weight", (self.kernel, self.kernel, x.shape[-1], self.features))
         bias = parameter(self, "bias", (self.features,))
@@ -130,8 +132,8 @@ class Conv(nn.Module):
 
         def convolved(weight):
             if self.doubled_to is not None:
-                return convolve_doubled(frames, weight.astype(dtype), self.doubled_to, precision)
-            return convolve(frames, weight.astype(dtype), self.stride, padding, precision)
+                return convolve_doubled(frames, weight.astype(dtype), self.doubled_to, precision, fast)
+            return convolve(frames, weight.astype(dtype), self.stride, padding, precision, fast)
 
         y = checkpoint_name(convolved(weight), CONVOLVED)
         if self.has_variable("lora", "lora_A"):
@@ -210,7 +212,8 @@ def multi_head(x, context, heads: int, settings: Settings, qkv_bias: bool = Fals
         y = Dense(channels, settings, use_bias=qkv_bias, name=name)(y)
         return y.reshape(*y.shape[:-1], heads, channels // heads)
 
-    y = attend(project("to_q", x), project("to_k", context), project("to_v", context), settings.attention)
+    kind = settings.attention if settings.fast else "xla"
+    y = attend(project("to_q", x), project("to_k", context), project("to_v", context), kind)
     return Dense(channels, settings, name="to_out.0")(y.reshape(x.shape))  # b s heads d -> b s (heads d)
 
 

@@ -65,7 +65,8 @@ def vae_config(raw: Mapping[str, Any], where: str = "vae/config.json") -> VAECon
     )
 
 
-FRAMES_AT_ONCE = 4  # of the VAE's encoder, which needs far more memory a frame than the UNet
+FRAMES_AT_ONCE = 4  # of the VAE's encoder, which needs far more memory a frame than the UNet; fewer where they are large
+ENCODED_AT_ONCE = FRAMES_AT_ONCE * 512 * 512  # pixels
 
 
 class Posterior(NamedTuple):
@@ -201,4 +202,5 @@ def encode_frames(vae: AutoencoderKL, params: Mapping[str, Any], frames) -> Post
     def encode(frame):
         return jax.tree.map(lambda x: x[0], vae.apply({"params": params}, frame[None] / 127.5 - 1, method="encode"))
 
-    return jax.lax.map(encode, frames, batch_size=min(FRAMES_AT_ONCE, len(frames)))
+    at_once = max(1, min(FRAMES_AT_ONCE, ENCODED_AT_ONCE // (frames.shape[1] * frames.shape[2])))
+    return jax.lax.map(encode, frames, batch_size=min(at_once, len(frames)))

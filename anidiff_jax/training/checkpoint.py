@@ -147,7 +147,7 @@ def save_unet_part(trained: Tree, frozen_unet: Tree, model: Model, out: Path, he
         weights, config = split(whole, is_motion)[0], model.motion.to_json()
     else:
         weights, config = whole, unet_json(model)
-    weights = jax.tree.map(lambda x: x.astype("float32", copy=False), weights)
+    weights = jax.tree.map(lambda x: np.asarray(x).astype("float32", copy=False), weights)  # on the host: the device trains
     files.save_json(config, out / "config.json")
     files.save(weights, out / files.WEIGHTS, header)
 

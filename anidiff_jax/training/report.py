@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -11,12 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.data.loader import Clips
+from anidiff_jax.errors import UserError
 from anidiff_jax.parallel import is_main
 from anidiff_jax.terminal import console
 from anidiff_jax.training.runs import DATA, LOG, read_log
 from anidiff_jax.weights.files import save_json
 
 log = logging.getLogger(__name__)
+MOST_LOST = 10  # updates in a row whose gradient is not finite, after which a run ends
 
 
 class Report:
@@ -26,6 +29,7 @@ class Report:
         self.file = (run / LOG if is_main() else Path(os.devnull)).open("a", encoding="utf-8")
         self.clips_per_update, self.updates = clips_per_update, updates
         self.clock = time.perf_counter()
+        self.lost = 0  # updates until now whose gradient was not finite, in a row
         self.scored = {line["step"] for line in read_log(run) if "loss" not in line}  # updates that were examined
         self.entries: list[dict[str, Any]] = []  # of this process's updates
         self.wandb = start_wandb(run, config) if config.use_wandb and is_main() else None
@@ -49,13 +53,24 @@ class Report:
             self.tensorboard.close()
 
     def update(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
-        """Records one finished update."""
+        """Records one finished update, and names it where its gradient is not finite: `step.unless_lost` left it out.
+
+        Raises UserError after MOST_LOST of these in a row.
+        """
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         speed = self.clips_per_update / seconds
         entry = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "seconds": round(seconds, 4)}
         self.entries.append({**entry, "clips_per_second": round(speed, 3)})
         self.write(self.entries[-1])
+        self.lost = 0 if math.isfinite(grad_norm) else self.lost + 1
+        if self.lost:
+            log.warning("update %d is left out: its gradient is not finite (loss %s)", step, loss)
+        if self.lost == MOST_LOST:
+            raise UserError(
+                f"the gradients of updates {step - MOST_LOST + 1} to {step} are not finite, and nothing trains: go on from the last "
+                "checkpoint with a lower --learning_rate, or with --mixed_precision false"
+            )
         figures = f"loss {loss:.4f}  lr {learning_rate:.2e}  {speed:.2f} clips/s"
         self.bar.update(self.task, completed=step, figures=figures)
         if self.bar.disable and is_main() and (step == self.updates or step % max(1, self.updates // 20) == 0):

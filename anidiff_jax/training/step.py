@@ -45,8 +45,13 @@ class Task:
         """Flax variables of the UNet from what trains and what does not."""
         if self.lora_scale is None:
             return {"params": merge(frozen, trained)}
-        lora = jax.tree.map(lambda x: x.astype(self.lora_dtype), trained)
+        lora = jax.tree.map(lambda x: rounded(x, self.lora_dtype), trained)
         return {"params": frozen, "lora": scaled(lora, self.lora_scale)}
+
+
+def rounded(x, dtype):
+    """x as `dtype` holds it, in its own type and with its own gradient: those of a fresh adapter are too small for float16."""
+    return x if x.dtype == jnp.dtype(dtype) else x + jax.lax.stop_gradient(x.astype(dtype).astype(x.dtype) - x)
 
 
 def encode_clips(task: Task, frozen: dict[str, Tree], pixels, keys):
@@ -103,7 +108,7 @@ def denoising_loss(trained, frozen, task: Task, latents, text, keys):
 
 
 def make_update(task: Task, optimizer: optax.GradientTransformation) -> Callable:
-    """update(state, frozen, batch) → (state, {"loss", "grad_norm"}) for one device among those of AXIS.
+    """update(state, frozen, batch) → (state, {"loss", "grad_norm"}) for one device among those of AXIS; see `unless_lost` for a bad one.
 
     batch: pixels uint8 (micro-batches, clips, f, H, W, 3) and ids (…, tokens), or from the latent cache mean and std
     (…, f, h, w, c) and text (…, tokens, d); index (…) the clip's place in the stream. Every random draw is keyed by it, so a
@@ -133,7 +138,14 @@ def make_update(task: Task, optimizer: optax.GradientTransformation) -> Callable
         total = jax.lax.fori_loop(0, jax.lax.optimization_barrier(jnp.int32(count)), add, zeros)
         loss, grads = jax.lax.pmean(jax.tree.map(lambda x: x / count, total), AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return state.advance(params, opt_state, task.ema_decay), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        new = state.advance(optax.apply_updates(state.params, updates), opt_state, task.ema_decay)
+        grad_norm = optax.global_norm(grads)
+        return unless_lost(grad_norm, new, state), {"loss": loss, "grad_norm": grad_norm}
 
     return update
+
+
+def unless_lost(grad_norm, new: TrainState, old: TrainState) -> TrainState:
+    """The new state; where the gradient is not finite, and would make all that trains so for good, the old one, which counts on."""
+    finite = jnp.isfinite(grad_norm)
+    return jax.tree.map(lambda new, old: new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(finite, new, old), new, old)

@@ -1,5 +1,6 @@
 """The last page of a run, `report.md`: what it cost, its curves, its samples in time order, its settings."""
 
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ SMOOTH = 20  # updates
 
 def flops_of_update(task: Task, trained: Tree, frozen: dict[str, Tree], config: TrainConfig, clips: int) -> int:
     """Of the UNet, forward and backward, as the model needs them: what gradient checkpointing repeats does not count."""
-    settings = replace(task.networks.unet.settings, dtype="bfloat16", remat=False)  # float32 has fast convolutions on CPUs
+    settings = replace(task.networks.unet.settings, fast=False, remat=False)
     task = replace(task, networks=replace(task.networks, unet=UNet(task.networks.unet.config, settings)))
     vae, unet, text = task.networks.vae.config, task.networks.unet.config, task.networks.text_encoder.config
     h, w = config.height // vae.factor, config.width // vae.factor
@@ -40,8 +41,9 @@ def cost_of(entries: list[dict[str, Any]], flops: int, waited: float) -> dict[st
     seconds = [entry["seconds"] for entry in entries]
     usual = statistics.median(seconds[1:] or seconds)
     clips = entries[-1]["clips_per_second"] * seconds[-1]
+    lost = sum(not math.isfinite(entry.get("grad_norm", 0.0)) for entry in entries)
     return {
-        "updates": len(entries),
+        "updates": f"{len(entries)}, {lost} of them left out: their gradient was not finite" if lost else len(entries),
         "compiling": f"{max(0.0, seconds[0] - usual):.1f} s",
         "an update": f"{usual:.3f} s (median)",
         "clips": f"{clips / usual:.2f} a second",
@@ -92,7 +94,8 @@ def draw_curves(entries: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
     steps, values = [e["step"] for e in updates], [e["loss"] for e in updates]
-    means = [statistics.fmean(values[max(0, i - SMOOTH + 1) : i + 1]) for i in range(len(values))]
+    finite = [[v for v in values[max(0, i - SMOOTH + 1) : i + 1] if math.isfinite(v)] for i in range(len(values))]
+    means = [statistics.fmean(some) if some else math.nan for some in finite]
     axes[0][0].plot(steps, values, color="tab:blue", alpha=0.25)
     axes[0][0].plot(steps, means, color="tab:blue", label=f"mean of {SMOOTH}")
     axes[0][0].legend()

@@ -79,6 +79,7 @@ def test_attention_is_chosen_by_shape_and_device(monkeypatch):
     assert attention.choose((16, 64, 8, 160), 64, half) == "xla"  # 512 in a row
     assert attention.choose((4096, 16, 8, 40), 16, half) == "packed"
     assert attention.choose((4096, 17, 8, 40), 17, half) == "xla"
+    assert attention.choose((6 * 128 * 128, 32, 8, 40), 32, half) == "xla"  # many, but each is short: chunks would be taken one by one
     assert attention.choose((4 * 128 * 128, 16, 8, 40), 16, half) == "xla"  # more than the kernel has places for
     assert attention.choose((4, 4096, 1, 512), 4096, half) == "xla"  # the VAE's one head is too wide for cuDNN
     assert attention.choose((16, 4096, 8, 40), 4096, full) == "chunked"

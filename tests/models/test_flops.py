@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from anidiff_jax.models import attention
 from anidiff_jax.models.config import fresh_motion_config, unet_config
 from anidiff_jax.models.flops import count_flops
 from anidiff_jax.models.init import shapes
@@ -40,7 +41,7 @@ def test_by_hand():
 
 def forward_and_training(config, heads, latents):
     """(FLOP of a forward pass, function of a pattern: of an update of the parameters that hold it, as a multiple)"""
-    unet = UNet(unet_config(config, fresh_motion_config(config, heads=heads, max_frames=32)), Settings(dtype="bfloat16"))
+    unet = UNet(unet_config(config, fresh_motion_config(config, heads=heads, max_frames=32)), Settings(fast=False))
     params, inputs = shapes(unet), (latents, array(1), array(1, 77, config["cross_attention_dim"]))
     forward = count_flops(lambda p, *inputs: unet.apply({"params": p}, *inputs), params, *inputs)
 
@@ -55,6 +56,24 @@ def forward_and_training(config, heads, latents):
 def test_stable_diffusion_with_motion_modules():
     """16 frames at 256²: 4.11 TFLOP, less 1 % as the text's keys and values are made once, not for every frame."""
     assert forward_and_training(SD15, 8, array(1, 16, 32, 32, 4))[0] == pytest.approx(0.99 * 4.11e12, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_what_is_counted_does_not_depend_on_the_device(monkeypatch, backend, dtype):
+    """Not on its fast forms either: Winograd's, those of doubled images, the fused attention, which shows no operations at all."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(attention, "fused_limit", lambda: 256 if backend == "gpu" else 0)
+    config = fresh_motion_config(SD15, heads=8, max_frames=32)
+
+    def count(**settings):
+        unet = UNet(unet_config(SD15, config), Settings(dtype=dtype, **settings))
+        ask = lambda p, *inputs: unet.apply({"params": p}, *inputs)
+        return count_flops(ask, shapes(unet), array(1, 16, 32, 32, 4), array(1), array(1, 77, 768))
+
+    assert count(fast=False) == pytest.approx(0.99 * 4.11e12, rel=0.01)
+    if dtype == "float32":
+        assert count() < 0.98 * count(fast=False)
 
 
 def test_no_backward_pass_below_what_trains():

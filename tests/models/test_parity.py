@@ -13,7 +13,7 @@ from anidiff_jax.models.config import motion_config, unet_config
 from anidiff_jax.models.init import draw, shapes
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.unet import UNet
-from anidiff_jax.models.vae import AutoencoderKL, vae_config
+from anidiff_jax.models.vae import AutoencoderKL, encode_frames, vae_config
 from anidiff_jax.weights.files import to_ours
 from anidiff_jax.weights.tree import flatten, is_buffer, is_motion, merge, split, unflatten
 from tests import reference
@@ -123,6 +123,14 @@ def test_vae(changes, side):
     close(encoded.std, posterior.std.permute(0, 2, 3, 1))
     ours_decoded = jax.jit(lambda p, z: network.apply(p, z, method="decode"))(params, latents.permute(0, 2, 3, 1).numpy())
     close(ours_decoded, decoded.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize(("side", "turns"), [(256, 2), (512, 2), (768, 8)])
+def test_large_frames_are_encoded_one_by_one(side, turns):
+    """The encoder's memory grows with the pixels: of eight frames, four at a time up to 512²."""
+    network = AutoencoderKL(vae_config(dict(reference.vae().config)))
+    frames = jax.ShapeDtypeStruct((8, side, side, 3), np.uint8)
+    assert f"length={turns}\n" in str(jax.make_jaxpr(lambda p, x: encode_frames(network, p, x).mean)(shapes(network), frames))
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])

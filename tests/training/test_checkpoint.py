@@ -3,9 +3,11 @@
 import errno
 import json
 import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -16,6 +18,7 @@ from anidiff_jax.training.push import Hub
 from anidiff_jax.training.runs import best_of, read_log, steps_in, write_log
 from anidiff_jax.training.state import TrainState
 from anidiff_jax.weights.loras import load_lora
+from anidiff_jax.weights.tree import flatten
 
 
 @pytest.fixture
@@ -121,3 +124,12 @@ def test_a_lora_is_written_as_it_was_asked_for(tmp_path, dtype, stored):
     assert (said["r"], said["lora_alpha"], said["lora_dropout"], said["base_model_name_or_path"]) == (3, 12, 0.2, "a/model")
     assert {str(x.dtype) for x in load_file(tmp_path / "iter-2" / "pytorch_lora_weights.safetensors").values()} == {stored}
     assert float(load_lora(tmp_path / "iter-2", {}).unet["to_q"]["lora_B"]["weight"][0, 0]) == 4
+
+
+def test_what_is_written_is_made_on_the_host(tmp_path, monkeypatch):
+    """The frozen part of a UNet is on the device, in half precision: there it would become float32 while the next update runs."""
+    written = {}
+    monkeypatch.setattr(checkpoint.files, "save", lambda tree, *_: written.update(flatten(tree)))
+    model = SimpleNamespace(motion=None, unet_json={})
+    checkpoint.save_unet_part({"a": {"weight": np.ones(2, np.float32)}}, {"b": {"weight": jnp.ones(2, "bfloat16")}}, model, tmp_path, {})
+    assert [(type(x), str(x.dtype)) for x in written.values()] == 2 * [(np.ndarray, "float32")]

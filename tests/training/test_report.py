@@ -1,6 +1,7 @@
 """What a run leaves to look at."""
 
 import json
+import math
 import struct
 from types import SimpleNamespace
 
@@ -50,6 +51,20 @@ def test_curves_cost_samples_and_settings(run):
     assert "| seed | 7 |" in page
     width, height = Image.open(run / "curves.png").size
     assert width > 3 * height  # three panels side by side
+
+
+def test_updates_that_came_to_nothing_are_named_and_end_a_run_where_they_are_many(run, caplog):
+    with Report(run, TrainConfig(), 40, clips_per_update=2) as report:
+        for step in range(1, 31):  # nine in a row, one that is finite, ten in a row
+            lost = step in range(11, 20) or step > 20
+            if step == 30:
+                with pytest.raises(UserError, match="updates 21 to 30 are not finite"):
+                    report.update(step, math.nan, math.nan, 1e-3)
+            else:
+                report.update(step, math.nan if lost else 0.5, math.inf if lost else 0.5, 1e-3)
+    assert [record.args[0] for record in caplog.records if "left out" in record.msg] == [*range(11, 20), *range(21, 31)]
+    write_report(run, TrainConfig(), cost_of(report.entries, 10**12, waited=0.0))
+    assert "30, 19 of them left out" in (run / "report.md").read_text()
 
 
 def test_what_a_run_costs(monkeypatch):

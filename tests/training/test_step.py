@@ -18,7 +18,7 @@ from anidiff_jax.models.layers import Settings
 from anidiff_jax.parallel import data_parallel, replicate, split_batch
 from anidiff_jax.training import setup
 from anidiff_jax.training.state import TrainState, learning_rate, make_optimizer
-from anidiff_jax.training.step import Task, denoising_loss, draw_timestep, encode_clips, make_update
+from anidiff_jax.training.step import Task, denoising_loss, draw_timestep, encode_clips, make_update, rounded
 from anidiff_jax.weights.tree import flatten
 from tests.reference import close
 
@@ -114,6 +114,42 @@ def test_adapters_of_half_precision_have_float32_masters(load, batch, dtype):
     assert np.isfinite(metrics["loss"])
     assert np.isfinite(change).all()
     assert np.abs(change).max() > 0  # a step of 1e-6 would be lost in half precision
+
+
+def test_rounding_leaves_the_gradient_alone():
+    """A fresh adapter's gradients are smaller than float16's least number."""
+    x = jnp.float32([1 + 2**-11 + 2**-20, -3e-9, 0.0])
+    for dtype in ("float16", "bfloat16", "float32"):
+        np.testing.assert_array_equal(rounded(x, dtype), x.astype(dtype).astype(np.float32))
+        np.testing.assert_array_equal(jax.grad(lambda x, dtype=dtype: 1e-9 * rounded(x, dtype).sum())(x), np.full(3, 1e-9, np.float32))
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_gradient_that_is_not_finite_changes_nothing(load, bad):
+    config, task, trained, frozen = load("lora", trainable_modules="mid_block.*attn1.to_q")
+    task = replace(task, ema_decay=0.9)
+    optimizer = make_optimizer(config, 10)
+    update = data_parallel(make_update(task, optimizer), jax.local_devices()[:1])
+    rng, vae = np.random.default_rng(0), task.networks.vae.config
+    side = 16 // vae.factor
+    clip = {"mean": rng.normal(size=(1, 3, side, side, vae.latent_channels)).astype(np.float16), "index": np.arange(1, dtype=np.uint32)}
+    clip |= {"std": np.zeros_like(clip["mean"])}
+    clip |= {"text": rng.normal(size=(1, 77, task.networks.unet.config.cross_attention_dim)).astype(np.float16)}
+    broken = {**clip, "mean": np.where(np.arange(side)[:, None] == 0, np.float16(bad), clip["mean"])}
+    leaves = lambda state: [np.array(x) for x in jax.tree.leaves(state)]
+    state = TrainState.create(jax.tree.map(jnp.array, trained), optimizer, ema=True)
+    state, metrics = update(state, frozen, split_batch(clip, 1, 1))
+    assert np.isfinite(metrics["grad_norm"])
+    before = leaves(state)
+    state, metrics = update(state, frozen, split_batch(broken, 1, 1))
+    assert not np.isfinite(metrics["grad_norm"])
+    assert int(state.step) == 2
+    for old, new in zip(before, leaves(state), strict=True):
+        assert (new == old + 1).all() if new.dtype == np.int32 else (new == old).all()
+    state, metrics = update(state, frozen, split_batch(clip, 1, 1))
+    assert np.isfinite(metrics["grad_norm"])
+    assert all(np.isfinite(x).all() for x in leaves(state))
+    assert any((new != old).any() for old, new in zip(before, leaves(state), strict=True) if new.dtype != np.int32)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"])
