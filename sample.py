@@ -20,7 +20,7 @@ from typing import Any
 from anidiff_jax import grid, interactive, outputs
 from anidiff_jax.arguments import parse
 from anidiff_jax.config import SampleConfig
-from anidiff_jax.errors import UserError, run_script
+from anidiff_jax.errors import UserError, memory_told, run_script
 from anidiff_jax.prompts import check_travel
 
 
@@ -46,7 +46,8 @@ def main() -> None:
     if config.eval_human:
         for asked in interactive.requests(config, pipeline):
             try:
-                interactive.show(make(pipeline, [asked], axes))
+                with memory_told():
+                    interactive.show(make(pipeline, [asked], axes))
             except UserError as error:  # told, and asked again
                 print(f"error: {error}", file=sys.stderr)
             except KeyboardInterrupt:  # Ctrl-C ends the video, Ctrl-D the conversation

@@ -119,8 +119,9 @@ class Session:
         if not given:
             raise UserError("/lora needs a path, as /lora style.safetensors:0.8, or none")
         if given == "none":
+            stays = self.config.merge_lora or self.config.sft_type != "lora"  # what ckpt_dir holds is in the weights
+            self.config = self.config.but(lora=[], ckpt_dir=self.config.ckpt_dir if stays else None)
             self.pipeline.loras = []
-            self.config = self.config.but(lora=[], ckpt_dir=None)
             return
         self.pipeline.load_lora(*path_and_scale(given), self.config.hub)
         self.config = self.config.but(lora=[*self.config.lora, given])

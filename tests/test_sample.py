@@ -63,6 +63,8 @@ def asked(base, tmp_path, monkeypatch, capsys):
     calls = []
 
     def video(self, prompt, progress, seed, negative_prompt, **settings):
+        if "huge" in prompt[0]:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
         for one in zip(prompt, seed, negative_prompt, strict=True):
             calls.append(dict(zip(("prompt", "seed", "negative_prompt"), one, strict=True)) | settings)
         shape = (len(prompt), settings["num_frames"], settings["height"], settings["width"], 3)
@@ -197,6 +199,24 @@ a moon
     records = [settings_of(path) for path in printed]
     assert [record["lora"] for record in records] == [[], [], [], [f"{lora}:0.5"], []]
     assert ["lora_1" in record["hashes"] for record in records] == [False, False, False, True, False]
+
+
+def test_no_lora_leaves_what_is_in_the_weights(load, lora):
+    """A merged checkpoint, or one of full training, stays; what is recorded still names it."""
+    for words, left in (((), None), (("--merge_lora", "true"), str(lora)), (("--sft_type", "full"), str(lora))):
+        given = ["--motion_adapter_id_or_path", "an/adapter", "--ckpt_dir", str(lora), *words]
+        pipe = load()
+        pipe.loras = [object()]
+        session = interactive.Session(parse(SampleConfig, given), pipe)
+        session.answer("/lora none")
+        assert session.config.ckpt_dir == left
+        assert pipe.loras == []
+
+
+def test_a_conversation_goes_on_where_memory_was_too_small(asked):
+    calls, printed = asked("--eval_human", typed="a huge star\na moon\n")
+    assert [call["prompt"] for call in calls] == ["a moon"]
+    assert len(printed) == 1
 
 
 def test_mistakes_in_a_conversation(load):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from diffusers import MotionAdapter, UNet2DConditionModel
 from PIL import Image, ImageSequence
 from safetensors.numpy import load_file
 
+from anidiff_jax.errors import run_script
 from anidiff_jax.outputs import settings_of
 from anidiff_jax.shapes.clips import write_clips
 from anidiff_jax.weights.sources import CLIP_TOKENIZER
@@ -358,3 +360,16 @@ def test_notebooks_may_ignore_unknown_arguments(caplog):
 
     assert parse(SampleConfig, ["--f", "kernel.json", "--ignore_args_error", "true"]).seed == 42
     assert "unknown argument --f" in caplog.text
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")])
+def test_too_little_memory_is_told_in_a_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == 2
+    assert re.fullmatch(r"error: out of memory \(.+\): smaller are --sample_size, .+\n", capsys.readouterr().err)
+    with pytest.raises(RuntimeError, match="another"):
+        run_script(lambda: (_ for _ in ()).throw(RuntimeError("another")))

@@ -3,6 +3,8 @@
 All frames are kept, mean and deviation both, so windows and latents are drawn as they are from videos. `training/encode.py` makes it.
 """
 
+import contextlib
+import resource
 from pathlib import Path
 
 import grain
@@ -22,6 +24,7 @@ class LatentCache:
 
     def __init__(self, folder: Path, records: Records, config: TrainConfig):
         self.config = config
+        allow_open_files(shards_of(records))
         self.videos = grain.sources.ArrayRecordDataSource([str(folder / shard_name(i)) for i in range(shards_of(records))])
         self.no_text = load_file(folder / NO_TEXT)["text"]
 
@@ -42,3 +45,16 @@ def shards_of(records: Records) -> int:
 
 def shard_name(i: int) -> str:
     return f"latents-{i:05d}.arrayrecord"
+
+
+def sizes_name(i: int) -> str:
+    """The file that says how many bytes a shard's videos had."""
+    return f"latents-{i:05d}.json"
+
+
+def allow_open_files(count: int) -> None:
+    """Lets this process hold so many files open, where the system does: a reader keeps each shard's."""
+    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if least < count + 256:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most if most != resource.RLIM_INFINITY else count + 256, most))

@@ -1,10 +1,12 @@
 """Video file → frames of one clip."""
 
+import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,14 +14,16 @@ from PIL import Image
 try:  # no wheel for Linux on ARM
     import decord
 
-    UNREADABLE: tuple[type[Exception], ...] = (decord.DECORDError, RuntimeError, OSError, ValueError, IndexError)
+    # AssertionError: decord's own of a video without frames
+    UNREADABLE: tuple[type[Exception], ...] = (decord.DECORDError, RuntimeError, OSError, ValueError, IndexError, AssertionError)
 except ImportError:
     decord = None
     UNREADABLE = (RuntimeError, OSError, ValueError, IndexError)
 
 log = logging.getLogger(__name__)
 
-FRAMES_AT_ONCE = 128  # that are held in the video's own size
+BYTES_AT_ONCE = 256 * 1024 * 1024  # of frames that are held in the video's own size: ten of 4K
+PASSING = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT}  # errors that say nothing of the video
 PATIENCE = 60.0  # seconds of one read, after which the log names the video
 
 
@@ -29,12 +33,23 @@ class BadVideo(Exception):
 
 def read_clip(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarray:
     """The frames `choose(number of frames)` asks for, uint8 (f, h, w, 3). Raises BadVideo for a file that cannot be decoded."""
+    return _read(path, lambda: _with_decord(path, choose) if decord else _with_imageio(path, choose))
+
+
+def _read(path: Path, read: Callable[[], Any]) -> Any:
+    """What `read` gives. BadVideo where the file is at fault; an OSError where it is the disk, or all files at once."""
     try:
         with _named_when_it_hangs(path):
-            return _with_decord(path, choose) if decord else _with_imageio(path, choose)
+            return read()
     except BadVideo:
         raise
     except UNREADABLE as error:
+        try:
+            with path.open("rb") as file:
+                file.read(1)
+        except OSError as deeper:
+            if deeper.errno in PASSING:
+                raise
         reason = str(error).strip().splitlines()
         raise BadVideo(f"it cannot be decoded ({reason[-1][:80] if reason else type(error).__name__})") from None
 
@@ -60,17 +75,35 @@ def read_whole(path: Path, height: int, width: int) -> np.ndarray:
 
 
 def read_parts(path: Path) -> Iterator[np.ndarray]:
-    """Every frame of a video in its own size, FRAMES_AT_ONCE after FRAMES_AT_ONCE; BadVideo as `read_clip` raises it."""
-    start, length = 0, 1
+    """Every frame of a video in its own size, as many at a time as BYTES_AT_ONCE holds, the first alone; raises BadVideo as `read_clip`."""
+    parts, any_frame = _parts_of_decord(path) if decord else _parts_of_imageio(path), False
+    while (part := _read(path, lambda: next(parts, None))) is not None:
+        any_frame = True
+        yield part
+    if not any_frame:
+        raise BadVideo("it has no frames")
 
-    def choose(n: int) -> np.ndarray:
-        nonlocal length
-        length = n
-        return np.arange(start, min(start + FRAMES_AT_ONCE, n))
 
-    while start < length:
-        yield read_clip(path, choose)
-        start += FRAMES_AT_ONCE
+def _parts_of_decord(path: Path) -> Iterator[np.ndarray]:
+    reader = decord.VideoReader(str(path), num_threads=1)
+    start, at_once = 0, 1
+    while start < len(reader):
+        part = reader.get_batch(np.arange(start, min(start + at_once, len(reader)))).asnumpy()
+        yield part
+        start, at_once = start + len(part), max(1, BYTES_AT_ONCE // part[0].nbytes)
+
+
+def _parts_of_imageio(path: Path) -> Iterator[np.ndarray]:
+    import imageio.v3 as iio
+
+    kept: list[np.ndarray] = []
+    for frame in iio.imiter(path, plugin="FFMPEG"):
+        kept.append(frame)
+        if len(kept) * frame.nbytes >= BYTES_AT_ONCE:
+            yield np.stack(kept)
+            kept = []
+    if kept:
+        yield np.stack(kept)
 
 
 def timestamps(path: Path) -> np.ndarray | None:

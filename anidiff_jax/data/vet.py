@@ -46,7 +46,7 @@ def look_at(path: Path, least_frames: int, alive=lambda: None) -> Finding:
             alive()
         if frames < least_frames:
             raise BadVideo(f"it has {frames} frames, a clip needs {least_frames}")
-    except BadVideo as bad:
+    except (BadVideo, OSError) as bad:
         return Finding(frames, shape[1], shape[0], problem=str(bad))
     times = timestamps(path)
     remark = None

@@ -1,11 +1,17 @@
 """Makes the latent cache (see `data/cache.py`): decodes, encodes, writes shard after shard.
 
 Shard i holds rows i · SHARD and following; it has its name when it is whole, so an interrupted encoding goes on with those that
-are missing. Every process makes its own share of the shards, on all of its devices.
+are missing. Every process makes its own share of the shards, on all of its devices. Beside a shard stand the sizes of its videos' files:
+where one was mended or cut anew since, the shard is made again.
 """
 
+import contextlib
 import hashlib
+import itertools
+import logging
 import os
+import time
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +23,7 @@ import numpy as np
 from safetensors.numpy import save, save_file
 
 from anidiff_jax.config import TrainConfig
-from anidiff_jax.data.cache import NO_TEXT, SHARD, LatentCache, shard_name, shards_of
+from anidiff_jax.data.cache import NO_TEXT, SHARD, LatentCache, shard_name, shards_of, sizes_name
 from anidiff_jax.data.decode import BadVideo, read_whole
 from anidiff_jax.data.records import Records
 from anidiff_jax.errors import UserError
@@ -29,6 +35,10 @@ from anidiff_jax.text import encode_text
 from anidiff_jax.weights import files
 from anidiff_jax.weights.hashes import hash_of
 
+log = logging.getLogger(__name__)
+
+ABANDONED = 3600.0  # seconds without a video written, after which half a shard is nobody's
+
 
 def fill_cache(folder: Path, records: Records, config: TrainConfig, pipeline: AnimateDiffPipeline) -> LatentCache:
     """Encodes what the cache in `folder` lacks, over all devices and processes, and opens it.
@@ -38,10 +48,11 @@ def fill_cache(folder: Path, records: Records, config: TrainConfig, pipeline: An
     half = pipeline.dtype != "float32"
     _claim(folder, recipe(records, config, pipeline, half))
     mine = range(jax.process_index(), shards_of(records), jax.process_count())
-    missing = [i for i in mine if not (folder / shard_name(i)).is_file()]
+    _remove_halves(folder)
+    missing = [i for i in mine if not _is_there(folder, i, records)]
     rows = [row for i in missing for row in range(i * SHARD, min((i + 1) * SHARD, len(records)))]
     if rows:
-        _write(folder, rows, _encoded(folder, rows, records, config, pipeline, np.dtype("float16" if half else "float32")))
+        _write(folder, rows, records, _encoded(folder, rows, records, config, pipeline, np.dtype("float16" if half else "float32")))
     wait_for_all("latent cache")
     return LatentCache(folder, records, config)
 
@@ -75,17 +86,48 @@ def _claim(folder: Path, wanted: dict[str, Any]) -> None:
     wait_for_all("latent cache begun")
 
 
-def _write(folder: Path, rows: list[int], encoded: Iterable[dict[str, np.ndarray]]) -> None:
+def _is_there(folder: Path, i: int, records: Records) -> bool:
+    """Whether shard i is whole, and of the files that are there now; a file that is no more counts as it was."""
+    if not (folder / shard_name(i)).is_file():
+        return False
+    path = folder / sizes_name(i)
+    then = files.read_json(path)["bytes"] if path.is_file() else []
+    names = records.names[i * SHARD : (i + 1) * SHARD]
+    changed = [name for name, size in zip(names, then, strict=False) if _size(records.folder / name) not in (None, size)]
+    if changed:
+        log.info("%s has changed since it was encoded (and %d more): encoding again", changed[0], len(changed) - 1)
+    return not changed
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _remove_halves(folder: Path) -> None:
+    """What killed runs left of shards. Others may be at work in the same folder: theirs are younger."""
+    for half in folder.glob(".*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - half.stat().st_mtime > ABANDONED:
+                half.unlink()
+
+
+def _write(folder: Path, rows: list[int], records: Records, encoded: Iterable[dict[str, np.ndarray]]) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     videos = iter(track(encoded, "encoding", len(rows), is_main()))
-    for i in sorted({row // SHARD for row in rows}):
-        aside = folder / f".{shard_name(i)}.part{jax.process_index()}"
+    for i, members in itertools.groupby(rows, lambda row: row // SHARD):
+        own = list(members)
+        sizes = [_size(records.folder / records.names[row]) for row in own]
+        aside = folder / f".{shard_name(i)}.{uuid.uuid4().hex}.part"  # two runs may share a folder
         writer = ArrayRecordWriter(str(aside), "group_size:1")
-        for _ in [row for row in rows if row // SHARD == i]:
+        for _ in own:
             writer.write(save(next(videos)))
         writer.close()
         os.replace(aside, folder / shard_name(i))
+        files.save_json({"bytes": sizes}, folder / sizes_name(i))
 
 
 def _encoded(
@@ -109,7 +151,9 @@ def _encoded(
         return np.asarray(states[0]).astype(dtype)
 
     if is_main():
-        save_file({"text": text("")}, folder / NO_TEXT)
+        aside = folder / f".{NO_TEXT}.{uuid.uuid4().hex}.part"
+        save_file({"text": text("")}, aside)
+        os.replace(aside, folder / NO_TEXT)
     for row, frames in zip(rows, _decoded(rows, records, config), strict=True):
         if isinstance(frames, str):
             yield {"reason": np.frombuffer(frames.encode(), np.uint8)}

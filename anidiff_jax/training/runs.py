@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,10 @@ def find_checkpoint(where: str, output_dir: str) -> Path:
         if not candidates:
             raise UserError(f"resume_from_checkpoint latest: no run in {output_dir} has a checkpoint; leave the argument out to begin one")
         where = str(candidates[0])
-    path = Path(where).expanduser()
+    path = Path(where).expanduser().resolve()  # of `best -> iter-100` and of `.` the name says which update it is
     if (path / "state").is_dir():
+        if not re.fullmatch(r"iter-\d+", path.name):
+            raise UserError(f"resume_from_checkpoint {path}: a checkpoint is called iter-N, after its update: give it that name back")
         return path
     for folder in (path, path / "checkpoints"):
         if steps := steps_in(folder):

@@ -65,7 +65,7 @@ def load_model(
     """Loads a base model with a motion adapter, with fresh motion modules, or with none.
 
     motion_heads, motion_frames: what the user said of the motion modules. It shapes fresh ones, gives the heads of a file
-    without config, and is an error where an adapter says otherwise.
+    without config, and is an error where an adapter says otherwise. motion_adapter: a UNet that trained as a whole brings its own instead.
     dtype: of all weights (None: as stored), except those of the UNet for which keep_float32(key). A base that is itself a
     video model (UNetMotionModel) brings its own motion modules. Errors (UserError) name the file and the tensor or key.
     """
@@ -79,6 +79,9 @@ def load_model(
 
     motion: MotionConfig | None = None
     motion_tensors: dict[str, Tensor] = {}
+    if motion_adapter is not None and source.unet is not None and own_motion:
+        log.info("%s holds the motion modules that were trained: these are taken, not those of %s", source.unet, motion_adapter)
+        motion_adapter = None
     if motion_adapter is not None:
         adapter_json, motion_tensors, found = motion_source(motion_adapter)
         tell_norms(found.norms, settings, motion_adapter)

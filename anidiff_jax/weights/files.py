@@ -161,6 +161,6 @@ def tensor_of(key: str, value) -> Tensor:
 
 
 def save_json(value: Mapping[str, Any], path: Path) -> None:
-    aside = path.with_name(f".{path.name}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may write the same
     aside.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(aside, path)

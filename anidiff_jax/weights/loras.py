@@ -167,8 +167,9 @@ class _Settings:
 
     def __init__(self, file: Path):
         config = file.with_name(CONFIG)
-        self.where = config if config.is_file() else file
-        if config.is_file():
+        own = file.name in FILES and config.is_file()  # a file of another name may lie there too, and has its alpha in itself
+        self.where = config if own else file
+        if own:
             said = files.read_json(config)
             self.said = {"unet": said, "text_encoder": said}
         else:

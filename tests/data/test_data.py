@@ -1,11 +1,14 @@
 """Rows, clips and batches: what is left out is counted and named, what is drawn is a function of the seed."""
 
+import errno
 import logging
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,6 +211,51 @@ def test_damage_of_every_kind_is_a_bad_video(folder, tmp_path):
     for name in ("front.mp4", "picture.mp4", "sound.mp4"):
         with pytest.raises(BadVideo):
             read_clip(tmp_path / name, lambda n: window(n, 16, 1, np.random.default_rng(0)))
+
+
+def test_a_reader_that_finds_no_frames_is_a_bad_video(folder, monkeypatch):
+    """decord says so by an assertion of its own."""
+    from anidiff_jax.data import decode
+
+    def no_frames(path, choose):
+        raise AssertionError("Invalid frame count: 0")
+
+    monkeypatch.setattr(decode, "_with_decord", no_frames)
+    with pytest.raises(BadVideo, match="Invalid frame count"):
+        read_clip(next(folder.glob("*.mp4")), lambda n: np.arange(n))
+
+
+def test_a_disk_that_fails_is_not_the_videos_fault(folder, tmp_path, monkeypatch):
+    """It would be left out for good, as would all others; the run ends with one line, and can be gone on with."""
+    from anidiff_jax.data import decode
+
+    def fails(path, choose):
+        raise RuntimeError("cannot open the file")
+
+    def stale(self, *_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+
+    monkeypatch.setattr(decode, "_with_decord", fails)
+    with pytest.raises(BadVideo):
+        read_clip(tmp_path / "missing.mp4", lambda n: np.arange(n))
+    monkeypatch.setattr(Path, "open", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        read_clip(next(folder.glob("*.mp4")), lambda n: np.arange(n))
+
+
+@pytest.mark.parametrize("reader", ["decord", "imageio"])
+def test_parts_of_a_video_are_all_of_it(folder, monkeypatch, reader):
+    """As many frames at a time as there is memory for, from one reading of the file."""
+    from anidiff_jax.data import decode
+
+    good = next(folder.glob("*.mp4"))
+    whole = read_clip(good, lambda n: np.arange(n))
+    if reader == "imageio":
+        monkeypatch.setattr(decode, "decord", None)
+    monkeypatch.setattr(decode, "BYTES_AT_ONCE", 5 * whole[0].nbytes)
+    parts = list(decode.read_parts(good))
+    assert max(map(len, parts)) == 5
+    np.testing.assert_allclose(np.concatenate(parts).astype(int), whole, atol=3 * (reader == "imageio"))
 
 
 def test_the_other_reader_gives_the_same_frames(folder, monkeypatch):

@@ -1,5 +1,8 @@
 """The latent cache: training from it is training from the videos; what it was made of is known, and half of it is gone on with."""
 
+import os
+import shutil
+import time
 from dataclasses import replace
 
 import jax
@@ -76,7 +79,7 @@ def test_an_interrupted_encoding_goes_on(world, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "read_whole", stops)
     with pytest.raises(KeyboardInterrupt):
         encode.fill_cache(tmp_path / "part", records, config, pipeline)
-    done = sorted(p.name for p in (tmp_path / "part").glob("latents-*"))
+    done = sorted(p.name for p in (tmp_path / "part").glob("latents-*.arrayrecord"))
     assert 1 <= len(done) < 4
     again = []
     monkeypatch.setattr(encode, "read_whole", lambda path, *size: (again.append(path.name), decode(path, *size))[1])
@@ -100,12 +103,49 @@ def test_processes_share_the_encoding(world, tmp_path, monkeypatch):
         for process, made in ((0, {0, 2}), (1, {0, 1, 2, 3})):
             patch.setattr(jax, "process_index", lambda process=process: process)
             encode.fill_cache(tmp_path, records, config, pipeline)
-            assert {path.name for path in tmp_path.glob("latents-*")} == {f"latents-{i:05d}.arrayrecord" for i in made}
+            assert {path.name for path in tmp_path.glob("latents-*.arrayrecord")} == {f"latents-{i:05d}.arrayrecord" for i in made}
     cache = LatentCache(tmp_path, records, replace(config, text_dropout_rate=0.0))
     params, network = pipeline.model.params["text_encoder"], pipeline.model.networks.text_encoder
     for row in range(6):
         states = encode_text(network, params, pipeline.tokenize([records.captions[row]]))[0]
         close(cache(row, np.random.default_rng(0))["text"], states, 1e-5)
+
+
+def test_a_mended_video_is_encoded_again(world, tmp_path, monkeypatch):
+    """And one that was cut anew under its old name; one that is no more stays as it was."""
+    config, records, pipeline = world
+    monkeypatch.setattr(encode, "SHARD", 2)
+    monkeypatch.setattr("anidiff_jax.data.cache.SHARD", 2)
+    videos = tmp_path / "videos"
+    shutil.copytree(records.folder, videos)
+    records = replace(records, folder=videos)
+    config = replace(config, text_dropout_rate=0.0)
+    cache = encode.fill_cache(tmp_path / "cache", records, config, pipeline)
+    with pytest.raises(BadVideo):
+        cache(6, np.random.default_rng(0))
+    before = cache(0, np.random.default_rng(0))
+    shutil.copy(videos / records.names[1], videos / records.names[6])
+    (videos / records.names[0]).unlink()
+    decode, again = encode.read_whole, []
+    monkeypatch.setattr(encode, "read_whole", lambda path, *size: (again.append(path.name), decode(path, *size))[1])
+    cache = encode.fill_cache(tmp_path / "cache", records, config, pipeline)
+    assert again == [records.names[6]]  # the last shard holds but one
+    np.testing.assert_array_equal(cache(6, np.random.default_rng(0))["mean"], cache(1, np.random.default_rng(0))["mean"])
+    np.testing.assert_array_equal(cache(0, np.random.default_rng(0))["mean"], before["mean"])
+
+
+def test_halves_of_shards_are_removed_when_nobody_writes_them(world, tmp_path):
+    config, records, pipeline = world
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    ours, others = folder / ".latents-00000.arrayrecord.a.part", folder / ".latents-00000.arrayrecord.b.part"
+    for path, age in ((ours, 7200), (others, 60)):
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - age,) * 2)
+    encode.fill_cache(folder, records.drawn(2, 0), config, pipeline)
+    assert not ours.exists()
+    assert others.exists()
+    assert not [path for path in folder.glob(".*") if path != others]
 
 
 @pytest.mark.parametrize("change", [{"sample_size": "32"}, {"random_flip": False}, {"dataset_sample_size": 3}])

@@ -13,12 +13,14 @@ from safetensors.numpy import load_file
 
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import UserError
+from anidiff_jax.pipeline import AnimateDiffPipeline
 from anidiff_jax.training import checkpoint
 from anidiff_jax.training.push import Hub
 from anidiff_jax.training.runs import best_of, read_log, steps_in, write_log
 from anidiff_jax.training.state import TrainState
+from anidiff_jax.weights.base import EMBEDDED
 from anidiff_jax.weights.loras import load_lora
-from anidiff_jax.weights.tree import flatten
+from anidiff_jax.weights.tree import flatten, is_motion, merge, split
 
 
 @pytest.fixture
@@ -133,3 +135,20 @@ def test_what_is_written_is_made_on_the_host(tmp_path, monkeypatch):
     model = SimpleNamespace(motion=None, unet_json={})
     checkpoint.save_unet_part({"a": {"weight": np.ones(2, np.float32)}}, {"b": {"weight": jnp.ones(2, "bfloat16")}}, model, tmp_path, {})
     assert [(type(x), str(x.dtype)) for x in written.values()] == 2 * [(np.ndarray, "float32")]
+
+
+def test_a_unet_that_trained_as_a_whole_brings_its_motion_modules(tmp_path, caplog):
+    """Its own adapter would come with the embedded model; it would come from --motion_adapter_id_or_path, too, if that was left in."""
+    model = AnimateDiffPipeline.from_pretrained().model
+    motion, image = split(model.params["unet"], is_motion)
+    trained = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.01), motion)
+    folder = tmp_path / "iter-2"
+    folder.mkdir()
+    checkpoint.save_unet_part(merge(image, trained), {}, model, folder, {})
+    for adapter in (None, EMBEDDED / "motion_adapter"):
+        with caplog.at_level("INFO"):
+            pipe = AnimateDiffPipeline.from_pretrained(motion_adapter=adapter, unet=folder)
+        found = flatten(split(pipe.model.params["unet"], is_motion)[0])
+        for key, value in flatten(trained).items():
+            np.testing.assert_array_equal(found[key], value)
+        assert "not those of" in caplog.text

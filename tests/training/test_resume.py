@@ -119,3 +119,17 @@ def test_what_cannot_be_gone_on_with(whole, tmp_path):
     assert process.returncode == 2
     assert "has shape" in err
     assert "take the run's own arguments" in err
+
+
+def test_a_checkpoint_is_known_by_any_way_to_it(tmp_path, monkeypatch):
+    """A link to it, or a path from inside the run; under another name it does not say which update it is."""
+    checkpoint = tmp_path / "ad-1" / "checkpoints" / "iter-4"
+    (checkpoint / "state").mkdir(parents=True)
+    (tmp_path / "best").symlink_to(checkpoint)
+    assert find_checkpoint(str(tmp_path / "best"), "") == checkpoint
+    for inside, way in ((checkpoint, "."), (checkpoint.parent, "iter-4"), (checkpoint.parent.parent, ".")):
+        monkeypatch.chdir(inside)
+        assert find_checkpoint(way, "") == checkpoint
+    copy = checkpoint.rename(tmp_path / "good one")
+    with pytest.raises(UserError, match="give it that name back"):
+        find_checkpoint(str(copy), "")

@@ -85,6 +85,14 @@ def test_original_motion_loras(model, layers, tmp_path):
     check(load_lora(path, model.layers()), expected, 1.0)
 
 
+def test_a_lora_beside_another_ones_config_is_itself(model, layers, tmp_path):
+    """As one that was exported into its checkpoint's folder: its scale is in its weights."""
+    path = foreign.save(foreign.original_motion_lora(layers), tmp_path / "pan.ckpt")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}))
+    expected = {key: pair for key, pair in layers.items() if "motion_modules" in key[1] and "attn" in key[1]}
+    check(load_lora(path, model.layers()), expected, 1.0)
+
+
 def test_the_domain_adapter_of_v3_adapts_the_image_network(model, layers, tmp_path):
     state = foreign.domain_adapter(layers)
     path = foreign.save(state, tmp_path / "v3_sd15_adapter.ckpt")
