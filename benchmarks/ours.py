@@ -23,7 +23,7 @@ from anidiff_jax.training.state import TrainState, make_optimizer
 from anidiff_jax.training.step import denoising_loss, make_update
 from benchmarks.full_size import MODEL, Shape, clips, draws, inputs, training_cases
 
-Run = Callable[[], Any]
+Run = Callable[..., Any]
 
 
 def start() -> dict[str, Any]:
@@ -69,12 +69,12 @@ def cfg_step(shape: Shape) -> tuple[Run, float]:
 
 
 def sample(shape: Shape, steps: int, guidance: float) -> tuple[Run, float]:
-    """A whole video, from token ids to frames."""
+    """A whole video, from token ids to frames; or one of so few steps."""
     pipe, (x, _) = load(shape), inputs(shape)
     latents = x.transpose(0, 4, 1, 2, 3)  # b f h w c -> b c f h w
-    how = {"num_frames": shape.frames, "height": shape.size, "width": shape.size, "num_inference_steps": steps, "guidance_scale": guidance}
+    how = {"num_frames": shape.frames, "height": shape.size, "width": shape.size, "guidance_scale": guidance}
     flops = steps * (2 if guidance > 1 else 1) * forward_flops(shape) + decode_flops(shape)
-    return lambda: pipe("a red circle moving right", latents=latents, **how), flops
+    return lambda steps=steps: pipe("a red circle moving right", latents=latents, num_inference_steps=steps, **how), flops
 
 
 def sample_25(shape: Shape) -> tuple[Run, float]:

@@ -10,7 +10,7 @@ from transformers import CLIPTextModel
 
 from benchmarks.full_size import MODEL, Shape, clips, draws, inputs, training_cases
 
-Run = Callable[[], Any]
+Run = Callable[..., Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILED = False  # set by `start`
 
@@ -93,12 +93,11 @@ def sample(shape: Shape, steps: int, guidance: float) -> Run:
     pipe.scheduler, latents = recipe(), given(shape)[0]
     pipe.unet, pipe.vae = best(pipe.unet), best(pipe.vae)
     pipe.set_progress_bar_config(disable=True)
-    how = {"num_frames": shape.frames, "height": shape.size, "width": shape.size, "num_inference_steps": steps, "guidance_scale": guidance}
-    return lambda: (
-        pipe(
-            "a red circle moving right", latents=latents, output_type="np", decode_chunk_size=max(1, 512**2 // shape.size**2), **how
-        ).frames
-    )
+    how = {
+        "num_frames": shape.frames, "height": shape.size, "width": shape.size, "guidance_scale": guidance, "output_type": "np",
+        "decode_chunk_size": max(1, 512**2 // shape.size**2),
+    }  # fmt: skip
+    return lambda steps=steps: pipe("a red circle moving right", latents=latents, num_inference_steps=steps, **how).frames
 
 
 def sample_25(shape: Shape) -> Run:
