@@ -1,7 +1,9 @@
 """The Hugging Face Hub and ModelScope: ids and paths → local folders or files, and files → a repository."""
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -12,7 +14,8 @@ from anidiff_jax.weights.tensors import PICKLES
 HUBS = ("hf", "modelscope")
 PARTS = ["unet/*", "vae/*", "text_encoder/*"]
 WANTED = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetensors*", "diffusion_pytorch_model*.bin*", "tokenizer/*",
-          "scheduler/*", "pytorch_lora_weights.*", "adapter_model.*", "adapter_config.json"]  # fmt: skip
+          "scheduler/*", "pytorch_lora_weights.*", "adapter_model.*", "adapter_config.json",
+          "model.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "vocab.json", "merges.txt", "tokenizer*.json"]  # fmt: skip
 
 
 def resolve(path_or_id: str, revision: str | None = None, hub: str | None = None) -> Path:
@@ -27,8 +30,9 @@ def resolve(path_or_id: str, revision: str | None = None, hub: str | None = None
     if path.exists():
         return path
     parts = path_or_id.split("/")
-    one_file = len(parts) > 2 and parts[-1].endswith((".safetensors", *PICKLES)) and ".." not in parts
-    if not (len(parts) == 2 or one_file) or not all(parts) or path_or_id.startswith((".", "/", "~")):
+    is_file = parts[-1].endswith((".safetensors", *PICKLES))
+    of_hub = len(parts) > 2 and ".." not in parts if is_file else len(parts) == 2
+    if not of_hub or not all(parts) or path_or_id.startswith((".", "/", "~")):
         raise UserError(f"{path_or_id} does not exist here, and is not a hub id such as owner/name or owner/name/file.safetensors")
     repo, inside = "/".join(parts[:2]), "/".join(parts[2:])
     reasons = []
@@ -43,15 +47,29 @@ def resolve(path_or_id: str, revision: str | None = None, hub: str | None = None
 
 def _from_huggingface(repo: str, revision: str | None, inside: str) -> Path:
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     api = HfApi()
     if inside:
         return Path(api.hf_hub_download(repo, inside, revision=revision))
     try:
-        files = wanted(api.list_repo_files(repo, revision=revision))
-    except OSError:  # offline: what an earlier run downloaded
-        return Path(api.snapshot_download(repo, revision=revision, local_files_only=True))
-    return Path(api.snapshot_download(repo, revision=revision, allow_patterns=files))
+        there = api.list_repo_files(repo, revision=revision)
+    except Exception as error:  # of many kinds: offline, the hub is down, or refuses
+        try:
+            return _downloaded_before(repo, revision)
+        except LocalEntryNotFoundError:
+            raise error from None
+    return Path(api.snapshot_download(repo, revision=revision, allow_patterns=_wanted_of(repo, there)))
+
+
+def _downloaded_before(repo: str, revision: str | None) -> Path:
+    """The folder of an earlier download from Hugging Face; LocalEntryNotFoundError where there is none, or a part of one."""
+    import huggingface_hub
+
+    files = None
+    with suppress(Exception):  # a version that keeps no list, or a download by one; by a list, what was never wanted would be missed
+        files = wanted(file.path for file in huggingface_hub.get_cached_repo_tree(repo, revision=revision))
+    return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))
 
 
 def _from_modelscope(repo: str, revision: str | None, inside: str) -> Path:
@@ -64,12 +82,21 @@ def _from_modelscope(repo: str, revision: str | None, inside: str) -> Path:
     there = [file.path for file in files if file.type != "tree"]
     if inside and inside not in there:
         raise UserError(f"{repo} has no file {inside}")
-    chosen = [inside] if inside else wanted(there)
+    chosen = [inside] if inside else _wanted_of(repo, there)
     listed = [{"Path": file.path, "Size": file.size or None, "Sha256": file.sha256} for file in files if file.path in chosen]
     try:
         return api.download_repo(repo, "model", revision=revision, file_list=listed) / inside
     except modelscope.FileDownloadError as error:  # counts the files; each has its own reason
         raise next(iter(error.failed_files.values())) from None
+
+
+def _wanted_of(repo: str, files: list[str]) -> list[str]:
+    """`wanted`; a UserError where no weights are among these, but single files that can be asked for by name."""
+    chosen, weights = wanted(files), [name for name in files if name.endswith((".safetensors", *PICKLES))]
+    if weights and not set(weights) & set(chosen):
+        some = ", ".join(f"{repo}/{name}" for name in weights[:3]) + (f" and {len(weights) - 3} more" if len(weights) > 3 else "")
+        raise UserError(f"{repo} holds no model in diffusers layout, but single files: give one of {some}")
+    return chosen
 
 
 def wanted(files: Iterable[str]) -> list[str]:
@@ -140,7 +167,9 @@ def token_of(hub: str | None, given: str | None = None) -> str | None:
 
 def in_a_line(error: Exception, token: str | None) -> str:
     """What went wrong, without the token, which a server may have repeated."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = list(filter(None, map(str.strip, str(error).splitlines()))) or [type(error).__name__]
+    code = re.match(r"\d{3} .* Error", lines[0])  # and a request's number; what it is about stands below
+    reason = " ".join(lines[1:])[:300] if code and len(lines) > 1 else lines[0]
     return reason.replace(token, "…") if token else reason
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights.base import load_tokenizer
-from anidiff_jax.weights.hub import resolve, wanted
+from anidiff_jax.weights.hub import in_a_line, resolve, wanted
 from anidiff_jax.weights.sources import CLIP_TOKENIZER, base_source, tokenizer_of
 from tests import reference
 from tests.hubs import TOKEN
@@ -115,8 +115,10 @@ def test_a_broken_off_download_is_gone_on_with(hub, name, monkeypatch):
 def test_a_mirror_and_offline_mode_by_the_usual_variables(hub, base, tmp_path):
     """In processes of their own, since the hub's package reads its variables when it is imported."""
     server = hub("hf")
-    server.repos["me/base", "main"] = {p.relative_to(base).as_posix(): p.read_bytes() for p in base.rglob("*") if p.is_file()}
-    code = "import sys; from anidiff_jax.weights.hub import resolve; print(resolve(sys.argv[1], hub='hf'))"
+    files = {p.relative_to(base).as_posix(): p.read_bytes() for p in base.rglob("*") if p.is_file()}
+    server.repos["me/base", "main"] = files | {"README.md": b"#", "unet/diffusion_pytorch_model.bin": b"pickle"}
+    quickly = "import time; time.sleep = lambda seconds: None"  # between attempts at a hub that is gone
+    code = f"{quickly}; import sys; from anidiff_jax.weights.hub import resolve; print(resolve(sys.argv[1], hub='hf'))"
 
     def ask(repo, **variables):
         known = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
@@ -135,6 +137,32 @@ def test_a_mirror_and_offline_mode_by_the_usual_variables(hub, base, tmp_path):
     assert missing.returncode != 0
     assert "UserError: me/other is not a local folder, and no hub gave it (hf: " in missing.stderr
     assert TOKEN not in missing.stderr
+    assert "404" in ask("me/other").stderr.splitlines()[-1]  # and not that traffic is disabled
+    server.shutdown()
+    server.server_close()
+    again = ask("me/base")
+    assert Path(again.stdout.strip()) == folder, again.stderr
+    (folder / "unet" / "config.json").unlink()
+    broken = ask("me/base")
+    assert "UserError: me/base is not a local folder, and no hub gave it (hf: " in broken.stderr
+
+
+def test_a_reason_is_one_line_that_says_it():
+    gated = Exception("403 Client Error. (Request ID: Root=1)\n\nCannot access gated repo for url https://hub/x.\nAsk for access.")
+    assert in_a_line(gated, None) == "Cannot access gated repo for url https://hub/x. Ask for access."
+    assert in_a_line(Exception("no such file\nTraceback"), None) == "no such file"
+    assert in_a_line(TimeoutError(), None) == "TimeoutError"
+
+
+@pytest.mark.parametrize("name", ["hf", "modelscope"])
+def test_a_repository_of_single_files_says_which(hub, name):
+    server = hub(name)
+    files = {f"mm{i}.ckpt": b"1" for i in range(4)} | {"README.md": b"#", "config.json": b"{}"}
+    server.repos["me/many", "main" if name == "hf" else "master"] = files
+    with pytest.raises(UserError, match=r"single files: give one of me/many/mm0.ckpt, me/many/mm1.ckpt, me/many/mm2.ckpt and 1 more"):
+        resolve("me/many", hub=name)
+    with pytest.raises(UserError, match=r"models/sd15.safetensors does not exist here"):
+        resolve("models/sd15.safetensors")
 
 
 def test_what_the_hub_refuses_is_one_line_without_the_token(modelscope, monkeypatch):
