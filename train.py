@@ -11,22 +11,25 @@ Every argument: python train.py --help. A run leaves <output_dir>/ad-<time>/: it
 
 import logging
 import math
+import sys
 from pathlib import Path
 
 from anidiff_jax.arguments import parse
 from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import run_script
 
+CUT_SHORT = 143  # exit code of a run that SIGTERM ended: 128 + 15, as shells have it
+
 
 def main() -> None:
     config = parse(TrainConfig)
 
-    from anidiff_jax.parallel import data_parallel, is_main, join_cluster, on_one_device, replicate, set_up_jax, split_batch, to_devices
+    from anidiff_jax import parallel
     from anidiff_jax.terminal import start_log
     from anidiff_jax.training.report import Report, save_data_report
 
-    set_up_jax(config.ddp_backend, config.deterministic)
-    join_cluster(config.coordinator_address, config.num_processes, config.process_id)
+    parallel.set_up_jax(config.ddp_backend, config.deterministic)
+    parallel.join_cluster(config.coordinator_address, config.num_processes, config.process_id)
     start_log()
     log = logging.getLogger("anidiff_jax")
 
@@ -39,7 +42,7 @@ def main() -> None:
     from anidiff_jax.training.checkpoint import Checkpoints, restore
     from anidiff_jax.training.export import export
     from anidiff_jax.training.push import Hub
-    from anidiff_jax.training.runs import find_checkpoint, run_folder
+    from anidiff_jax.training.runs import find_checkpoint, run_folder, tell_changes
     from anidiff_jax.training.samples import save_samples, save_sanity_check
     from anidiff_jax.training.state import TrainState, learning_rate, make_optimizer
     from anidiff_jax.training.step import make_update
@@ -50,9 +53,9 @@ def main() -> None:
 
     # Data: rows first, since they may be wrong and are cheap to check.
     prompts = config.prompts()
-    records, held_out = setup.records(config)
     if config.check_data:
-        return check_data(records, config)
+        return check_data(setup.all_records(config), config)
+    records, held_out = setup.records(config)
 
     # Models: the base and its motion modules, split into what trains and what is frozen.
     model = setup.load(config)
@@ -60,7 +63,7 @@ def main() -> None:
     task = setup.task(config, model)
     pipeline = AnimateDiffPipeline(model, task.schedule)
     clips = Clips(records, config.seed, setup.source(config, records, pipeline))
-    validation = Validation(config, held_out, pipeline, task) if held_out and is_main() else None
+    validation = Validation(config, held_out, pipeline, task) if held_out and parallel.is_main() else None
 
     # Length: an update sees `per_update` clips, over all devices and micro-batches.
     devices = jax.device_count()
@@ -70,20 +73,22 @@ def main() -> None:
     # The step: one compiled program a run, on every device.
     optimizer = make_optimizer(config, updates)
     rate = learning_rate(config, updates)
-    update = data_parallel(make_update(task, optimizer))
+    update = parallel.data_parallel(make_update(task, optimizer))
     state = TrainState.create(trained, optimizer, config.ema_decay > 0)
     checkpoint = find_checkpoint(config.resume_from_checkpoint, config.output_dir) if config.resume_from_checkpoint else None
-    state = replicate(restore(checkpoint, state) if checkpoint else state)
+    state = parallel.replicate(restore(checkpoint, state) if checkpoint else state)
     done = int(state.step)
-    frozen = replicate(frozen)
+    frozen = parallel.replicate(frozen)
     model.params = {}  # they live in state and frozen now
     del trained
 
     # The first batch before the run's folder: a folder of unusable videos ends here.
     stream = Timed(batches(clips, per_update, config.dataloader_num_workers, done, jax.process_index(), jax.process_count()))
-    next_batch = lambda: split_batch(next(stream), config.gradient_accumulation_steps)
+    next_batch = lambda: parallel.split_batch(next(stream), config.gradient_accumulation_steps)
     batch = next_batch()
-    run = run_folder(config, checkpoint) if is_main() else Path(config.output_dir)  # the others write nothing
+    if checkpoint:
+        tell_changes(checkpoint, len(records), per_update)
+    run = run_folder(config, checkpoint) if parallel.is_main() else Path(config.output_dir)  # the others write nothing
     count = sum(x.size for x in jax.tree.leaves(state.params))
     log.info("%s: %s training of %.2fM parameters on %d clips", run, config.sft_type, count / 1e6, len(records))
     log.info("%d updates of %d clips: %d devices × batch %d × %d micro-batches", updates, per_update, devices, config.batch_size,
@@ -93,7 +98,7 @@ def main() -> None:
 
     def examine(step: int) -> None:
         """What tells how it goes: the loss on clips that never train, and videos."""
-        here, weights = on_one_device(state), on_one_device(frozen)
+        here, weights = parallel.on_one_device(state), parallel.on_one_device(frozen)
         losses = validation(state.best, frozen) if validation else {}
         lora = here.best if config.sft_type == "lora" else None
         unet = weights["unet"] if lora else merge(weights["unet"], here.best)
@@ -102,43 +107,48 @@ def main() -> None:
         report.scores(step, {**losses, **save_samples(now, prompts, config, run / "samples" / f"iter-{step}")})
 
     hub = Hub(config, len(records))
-    if is_main():
+    if parallel.is_main():
         tell_data()
-    if checkpoint is None and is_main():
-        save_sanity_check(batch, records, pipeline, on_one_device(frozen)["vae"], run / "sanity_check")
+    if checkpoint is None and parallel.is_main():
+        save_sanity_check(batch, records, pipeline, parallel.on_one_device(frozen)["vae"], run / "sanity_check")
     with Report(run, config, updates, per_update, done) as report, Checkpoints(run, model, config, hub) as checkpoints, Stop() as stop:
-        save = lambda: checkpoints.save(on_one_device(state), on_one_device(frozen)["unet"])
-        to_examine = lambda step: is_main() and (step == updates or step % config.eval_steps == 0)
+        save = lambda: checkpoints.save(parallel.on_one_device(state), parallel.on_one_device(frozen)["unet"])
+        to_examine = lambda step: parallel.is_main() and (step == updates or step % config.eval_steps == 0)
+        to_save = lambda step: step == updates or step % (config.save_steps or config.eval_steps) == 0
         if checkpoint and to_examine(done) and done not in report.scored:  # it was saved, and killed before it was examined
             examine(done)
+            checkpoints.settle(done)
         for step in range(done + 1, updates + 1):
-            state, metrics = update(state, frozen, to_devices(batch))
+            state, metrics = update(state, frozen, parallel.to_devices(batch))
             if step < updates:
                 batch = next_batch()  # read while the devices work
             report.update(step, float(metrics["loss"]), float(metrics["grad_norm"]), float(rate(step - 1)))  # waits for them
 
-            asked = stop.asked(step)
-            if asked:  # first what must not be lost
+            if stop.asked(step) and step < updates:  # what is to be examined now, the run that goes on will examine first
                 save()
                 checkpoints.wait()
+                parallel.wait_for_all("saved")
+                log.warning("asked to end (SIGTERM): saved at update %d, go on with --resume_from_checkpoint %s", step, run)
+                sys.exit(CUT_SHORT)
+            if to_save(step):  # before anything else that may go wrong
+                save()
             if to_examine(step):
                 examine(step)
-            if not asked and (step == updates or step % (config.save_steps or config.eval_steps) == 0):
-                save()
-            if asked:
-                log.warning("asked to end (SIGTERM): saved at update %d, go on with --resume_from_checkpoint %s", step, run)
-                break
-        if updates == 0 and is_main():
-            examine(0)
+            if to_save(step):
+                checkpoints.settle(step)
+        if updates == 0 and parallel.is_main():
             save()
+            examine(0)
     if clips.skipped:
         log.warning("%d of %d videos could not be used", len(clips.skipped), len(records))
-    if is_main():
+    if parallel.is_main():
         last_saved = run / "checkpoints" / f"iter-{int(state.step)}"
         hub.finished(last_saved)
         export(last_saved, config)
-        flops = flops_of_update(task, state.params, on_one_device(frozen), config, per_update)
+        flops = flops_of_update(task, state.params, parallel.on_one_device(frozen), config, per_update)
         log.info("%s", write_report(run, config, cost_of(report.entries, flops, stream.seconds)))
+    parallel.wait_for_all("the end")  # a process that leaves would take the others with it
+    if parallel.is_main():
         print(last_saved)
 
 

@@ -54,7 +54,7 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".json", ".yaml", ".yml")) and not words[0].startswith("-"):
         words = _words_of_file(Path(words[0]).expanduser(), words[1:]) + words[1:]
-    words = _words_of_run(words) + words
+    words = _words_of_run(words)
     if kind is SampleConfig:
         words = _words_of_video(words) + words
     groups = [_as_group(title, members) for title, members in sections(kind).items()]
@@ -106,15 +106,16 @@ def _unknown(word: str, known: set[str]) -> str:
 
 
 def _words_of_run(words: list[str]) -> list[str]:
-    """Where a run is gone on with, its own arguments, which those on the command line may change."""
+    """The words; where a run is gone on with, behind its own arguments, which they may change. `latest` becomes what it is now."""
     given = _given(words)
     where = given.get("__resume_from_checkpoint")
     if where is None:
-        return []
+        return words
     from anidiff_jax.training.runs import find_checkpoint
 
     checkpoint = find_checkpoint(where, given.get("__output_dir", TrainConfig.output_dir))
-    return _words_of_file(checkpoint / "train_config.json", words)
+    found = ["--resume_from_checkpoint", str(checkpoint)]
+    return [*_words_of_file(checkpoint / "train_config.json", words), *words, *found]
 
 
 def _words_of_video(words: list[str]) -> list[str]:

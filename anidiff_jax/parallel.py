@@ -1,7 +1,9 @@
 """Devices: the one place that knows of pmap. A step is an ordinary per-device function; only the batch has a device axis."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +46,23 @@ def join_cluster(coordinator_address: str | None, num_processes: int | None, pro
     """Joins the processes of a run, where there are several; call after `set_up_jax` and before any computation.
 
     Given by the three arguments, or found: Slurm, Open MPI, Kubernetes and TPU pods say in the environment how many they are.
-    A process that dies ends the others within HEARTBEAT seconds.
+    A process that dies, or ends with an error, ends the others within HEARTBEAT seconds or so.
     """
     given = [value is not None for value in (coordinator_address, num_processes, process_id)]
     if any(given) and not all(given):
         raise UserError("coordinator_address, num_processes and process_id go together: give all three, or none to find them")
     if not any(given) and not _several():
         return
+    if not any(given) and _job_of_kubernetes() and find_spec("kubernetes") is None:
+        raise UserError(
+            "this pod is one of a Job, and may have others beside it, which it finds with pip install 'jax[k8s]'; or give "
+            "--coordinator_address, --num_processes and --process_id (of a pod alone: localhost:1234, 1 and 0)"
+        )
     try:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT)
+        jax.distributed.initialize(
+            coordinator_address, num_processes, process_id, _own_gpus(),
+            heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
+        )  # fmt: skip
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the processes of this run do not find each other: {str(error).splitlines()[0][:200]}") from None
 
@@ -62,8 +72,19 @@ def _several() -> bool:
     said = os.environ.get
     counts = [said("OMPI_COMM_WORLD_SIZE"), said("SLURM_NTASKS") if said("SLURM_STEP_ID") else None]
     pod = len(said("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or said("MEGASCALE_NUM_SLICES", "1") != "1"
-    job = said("KUBERNETES_SERVICE_HOST") is not None and said("JOB_COMPLETION_INDEX") is not None
-    return pod or job or any(count is not None and int(count) > 1 for count in counts)
+    return pod or _job_of_kubernetes() or any(count is not None and int(count) > 1 for count in counts)
+
+
+def _job_of_kubernetes() -> bool:
+    return os.environ.get("KUBERNETES_SERVICE_HOST") is not None and os.environ.get("JOB_COMPLETION_INDEX") is not None
+
+
+def _own_gpus() -> list[int] | None:
+    """All GPUs that a launcher gives, where it starts one process a machine; None leaves it to JAX, which takes one a process."""
+    said = os.environ.get
+    alone = re.fullmatch(r"1(\(x\d+\))?", said("SLURM_STEP_TASKS_PER_NODE", "")) or said("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    gpus = said("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(int(said("SLURM_GPUS_ON_NODE", "0")))))
+    return list(range(len(gpus.split(",")))) if alone and gpus and not said("JAX_LOCAL_DEVICE_IDS") else None
 
 
 def is_main() -> bool:
@@ -77,6 +98,15 @@ def wait_for_all(what: str) -> None:
         from jax.experimental.multihost_utils import sync_global_devices
 
         sync_global_devices(what)
+
+
+def in_all(numbers: Sequence[int]) -> np.ndarray:
+    """What each process gives, below 2³²: (processes, numbers)."""
+    if jax.process_count() == 1:
+        return np.array([numbers], np.uint32)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(np.array(numbers, np.uint32)))
 
 
 def replicate(tree: Any) -> Any:

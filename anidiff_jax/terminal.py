@@ -14,7 +14,7 @@ console = Console(stderr=True)
 
 
 def start_log() -> None:
-    """Our messages to the terminal, above the bar; those of the main process. Call after `set_up_jax`."""
+    """Our messages to the terminal, above the bar: those of the main process, and of any which videos it leaves out; after `set_up_jax`."""
     from anidiff_jax.parallel import is_main
 
     handler: logging.Handler = logging.StreamHandler()
@@ -28,6 +28,7 @@ def start_log() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if is_main() else logging.ERROR)
     logger.propagate = False
+    logging.getLogger("anidiff_jax.data.loader").setLevel(logging.NOTSET if is_main() else logging.WARNING)
 
 
 def track(items: Iterable[T], what: str, total: int | None = None, shown: bool = True) -> Iterable[T]:

@@ -54,6 +54,7 @@ def joined(monkeypatch):
         for name in environment:
             monkeypatch.delenv(name, raising=False)
     calls = []
+    monkeypatch.setattr("anidiff_jax.parallel.find_spec", lambda name: object())  # the package that asks Kubernetes
     monkeypatch.setattr(jax.distributed, "initialize", lambda *words, **settings: calls.append((words, settings)))
     return calls
 
@@ -64,13 +65,45 @@ def test_processes_find_each_other(joined, monkeypatch, launcher):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     join_cluster(None, None, None)
-    assert joined == ([((None, None, None), {"heartbeat_timeout_seconds": HEARTBEAT})] if several else [])
+    assert [words for words, _ in joined] == ([(None, None, None, None)] if several else [])
+    assert all(set(settings.values()) == {HEARTBEAT} for _, settings in joined)
     assert HEARTBEAT < 60
+
+
+def test_a_pod_of_a_job_does_not_train_as_if_it_were_alone(joined, monkeypatch):
+    monkeypatch.setattr("anidiff_jax.parallel.find_spec", lambda name: None)
+    for name, value in LAUNCHERS["Kubernetes, an indexed job"][0].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"pip install 'jax\[k8s\]'"):
+        join_cluster(None, None, None)
+    join_cluster("localhost:1", 1, 0)
+    assert len(joined) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"}, [*range(8)]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "4,6", "SLURM_GPUS_ON_NODE": "8"}, [0, 1]),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,1,2"}, [0, 1, 2]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8", "JAX_LOCAL_DEVICE_IDS": "3"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None),
+        ({}, None),
+    ],
+)
+def test_a_process_that_is_alone_on_its_machine_takes_all_of_its_gpus(joined, monkeypatch, environment, gpus):
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    join_cluster("here:1", 2, 0)
+    assert joined[0][0] == ("here:1", 2, 0, gpus)
 
 
 def test_processes_are_told_of_each_other(joined):
     join_cluster("here:1", 2, 0)
-    assert [words for words, _ in joined] == [("here:1", 2, 0)]
+    assert [words for words, _ in joined] == [("here:1", 2, 0, None)]
     with pytest.raises(UserError, match="go together"):
         join_cluster("here:1", 2, None)
 

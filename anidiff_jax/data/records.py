@@ -1,6 +1,7 @@
 """A csv, or a folder with a caption beside each video → paths and captions."""
 
 import csv
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,13 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def hash(self) -> str:
+        """Of all names and captions, in hex."""
+        rows = hashlib.sha256()
+        for name, caption in zip(self.names, self.captions, strict=True):
+            rows.update(f"{name}\0{caption}\0".encode())
+        return rows.hexdigest()
 
     def drawn(self, count: int | None, seed: int) -> "Records":
         """`count` rows drawn by the seed, in their order; all where there are no more."""
@@ -63,7 +71,10 @@ def read_records(csv_path: str | None, video_folder: str | None) -> Records:
     folder = Path(video_folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"video_folder {folder} is not a folder")
-    present = {entry.name for entry in os.scandir(folder)}  # one listing, however many rows
+    listed = {entry.name for entry in os.scandir(folder)}  # one listing, however many rows
+    present = {name for name in listed if name.isascii() or _is_unicode(name)}
+    if strange := sorted(listed - present):
+        log.warning("%d names in %s are not in UTF-8 and are left out, the first: %r", len(strange), folder, strange[0])
     names, captions = Strings(), Strings()
     rows, missing, first_missing = 0, 0, ""
     for name, caption in _from_captions(folder, present) if csv_path is None else _from_csv(Path(csv_path).expanduser()):
@@ -82,13 +93,28 @@ def read_records(csv_path: str | None, video_folder: str | None) -> Records:
     return Records(folder, names, captions)
 
 
+def _name_of(url: str) -> str:
+    """The file's name at the end of a URL or a path, of Windows too."""
+    return url.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+
+
+def _is_unicode(name: str) -> bool:
+    """False for a file name of other bytes, which Python holds with half characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _from_csv(path: Path) -> Iterator[tuple[str, str]]:
     """(file name, caption) of each row, read as they are asked for: the csv may have millions."""
     if not path.is_file():
         raise UserError(f"csv_path {path} does not exist")
+    line = 1  # where the row begins that is being read
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
+            reader = csv.reader(file, strict=True)  # else a stray quote would take all that follows into one caption
             columns = next(reader, [])
             file_column = next((name for name in ("contentUrl", "videoid") if name in columns), None)
             if "name" not in columns or file_column is None:
@@ -96,19 +122,24 @@ def _from_csv(path: Path) -> Iterator[tuple[str, str]]:
                 raise UserError(f"csv_path {path}: its first line must name the columns name,contentUrl (or videoid,name); it is {found!r}")
             caption_at, file_at = columns.index("name"), columns.index(file_column)
             rows = lacking = 0
+            line = reader.line_num + 1
             for row in reader:
+                line = reader.line_num + 1
                 if not row:
                     continue
                 rows += 1
                 if len(row) <= max(caption_at, file_at) or not row[file_at]:
                     lacking += 1
                     continue
-                named = row[file_at].rstrip("/").rsplit("/", 1)[-1] if file_column == "contentUrl" else f"{row[file_at]}.mp4"
-                yield named, row[caption_at]
+                yield _name_of(row[file_at]) if file_column == "contentUrl" else f"{row[file_at]}.mp4", row[caption_at]
             if lacking:
                 log.warning("%d of %d rows of %s lack name or %s", lacking, rows, path, file_column)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"csv_path {path} cannot be read as csv in UTF-8: {error}") from None
+    except csv.Error as error:
+        raise UserError(
+            f"csv_path {path}, line {line} cannot be read as csv ({error}): a quote inside a quoted caption is written twice"
+        ) from None
 
 
 def _from_captions(folder: Path, present: set[str]) -> list[tuple[str, str]]:

@@ -7,7 +7,6 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from rich.progress import track
 
 from anidiff_jax.config import TrainConfig
+from anidiff_jax.data.ahead import in_order
 from anidiff_jax.data.decode import BadVideo, read_parts, timestamps
 from anidiff_jax.data.records import Records
 from anidiff_jax.errors import UserError
@@ -116,12 +116,11 @@ def vet(records: Records, least_frames: int, workers: int, patience: float = PAT
             all_workers.append(ours.worker)
         return ours.worker.look_at(records.folder / name)
 
-    with ThreadPoolExecutor(workers) as threads:
-        try:
-            yield from threads.map(one, records.names)
-        finally:
-            for worker in all_workers:
-                worker.end()
+    try:
+        yield from in_order(one, records.names, workers)
+    finally:
+        for worker in all_workers:
+            worker.end()
 
 
 def check_data(records: Records, config: TrainConfig) -> None:

@@ -38,7 +38,7 @@ class Checkpoints:
     def __init__(self, run: Path, model: Model, config: TrainConfig, hub: Hub):
         self.folder, self.model, self.config, self.hub = run / "checkpoints", model, config, hub
         self._thread = ThreadPoolExecutor(1)
-        self._pending: Future | None = None
+        self._pending: list[Future] = []
         if is_main():
             for half in self.folder.glob(".iter-*"):  # what a kill left of one: gigabytes that nobody would look for
                 shutil.rmtree(half, ignore_errors=True)
@@ -55,25 +55,34 @@ class Checkpoints:
         """Writes the state, which the next update may overwrite once this returns; waits for the save before it."""
         self.wait()
         if is_main():
-            self._pending = self._thread.submit(self._write, jax.tree.map(np.asarray, state), frozen_unet)
+            folder = self.folder / f"iter-{int(state.step)}"
+            self._submit(write_checkpoint, folder, jax.tree.map(np.asarray, state), frozen_unet, self.model, self.config)
             if jax.default_backend() == "cpu":  # what is written is the state itself
                 self.wait()
 
+    def settle(self, step: int) -> None:
+        """Call when the checkpoint of `step` has been examined: it is pushed where that is wanted, and older ones go."""
+        if is_main():
+            self._submit(self._settle, step)
+
     def wait(self) -> None:
         """Returns when all is written; raises what went wrong in writing."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
+        pending, self._pending = self._pending, []
+        for future in pending:
             try:
-                pending.result()
+                future.result()
             except (OSError, ValueError, SafetensorError) as error:  # Orbax's own error for a full disk is a ValueError
                 whole = steps_in(self.folder)
                 last = f"the last whole one is iter-{whole[-1]}" if whole else "there is no other"
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 raise UserError(f"a checkpoint could not be written to {self.folder} ({reason}); {last}: make room, then resume") from None
 
-    def _write(self, state: TrainState, frozen_unet: Tree) -> None:
-        step = int(state.step)
-        write_checkpoint(self.folder / f"iter-{step}", state, frozen_unet, self.model, self.config)
+    def _submit(self, *work: Any) -> None:
+        self._pending.append(self._thread.submit(*work))
+
+    def _settle(self, step: int) -> None:
+        if step not in steps_in(self.folder):  # it could not be written, which `wait` tells
+            return
         best = best_of(self.folder.parent)
         self.hub.saved(self.folder / f"iter-{step}", best is not None and best["step"] == step)
         if self.config.save_total_limit is not None:

@@ -6,15 +6,12 @@ where one was mended or cut anew since, the shard is made again.
 """
 
 import contextlib
-import hashlib
 import itertools
 import logging
 import os
 import time
 import uuid
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ import numpy as np
 from safetensors.numpy import save, save_file
 
 from anidiff_jax.config import TrainConfig
+from anidiff_jax.data.ahead import in_order
 from anidiff_jax.data.cache import NO_TEXT, SHARD, LatentCache, shard_name, shards_of, sizes_name
 from anidiff_jax.data.decode import BadVideo, read_whole
 from anidiff_jax.data.records import Records
@@ -59,11 +57,8 @@ def fill_cache(folder: Path, records: Records, config: TrainConfig, pipeline: An
 
 def recipe(records: Records, config: TrainConfig, pipeline: AnimateDiffPipeline, half: bool) -> dict[str, Any]:
     """What the contents of a cache follow from."""
-    rows = hashlib.sha256()
-    for name, caption in zip(records.names, records.captions, strict=True):
-        rows.update(f"{name}\0{caption}\0".encode())
     return {
-        "clips": rows.hexdigest(),
+        "clips": records.hash(),
         "base_model": hash_of(pipeline.model.params["vae"], pipeline.model.params["text_encoder"]),
         "sample_size": f"{config.height}x{config.width}",
         "random_flip": config.random_flip,
@@ -171,11 +166,4 @@ def _decoded(rows: list[int], records: Records, config: TrainConfig) -> Iterator
         except BadVideo as bad:
             return str(bad)
 
-    with ThreadPoolExecutor(config.dataloader_num_workers) as threads:
-        ahead: deque = deque()
-        for row in rows:
-            ahead.append(threads.submit(decode, row))
-            if len(ahead) > config.dataloader_num_workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+    return in_order(decode, rows, config.dataloader_num_workers)

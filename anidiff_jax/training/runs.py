@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import re
 from datetime import datetime
@@ -12,6 +13,8 @@ from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights import files
 
+log = logging.getLogger(__name__)
+
 LOG, DATA = "metrics.jsonl", "data.json"
 
 
@@ -19,16 +22,39 @@ def run_folder(config: TrainConfig, checkpoint: Path | None) -> Path:
     """The folder to write to, with config.json in it.
 
     A new run's is <output_dir>/ad-<time>/, never one that exists. The last checkpoint of a run is gone on from in its own folder,
-    whose log is cut back to it; an earlier one in a new folder that begins with the log up to it, so that nothing is lost.
+    whose log is cut back to it; an earlier one in a new folder that begins with the log up to it, so that nothing is lost; one that
+    was copied out of its run in a new folder too.
     """
     if checkpoint is None:
         run = _new_folder(config)
     else:
-        old, step = checkpoint.parent.parent, int(checkpoint.name[5:])
-        run = old if steps_in(checkpoint.parent)[-1] == step else _new_folder(config)
-        write_log(run, [entry for entry in read_log(old) if entry["step"] <= step])
+        old, step = run_of(checkpoint), int(checkpoint.name[5:])
+        run = old if old and steps_in(checkpoint.parent)[-1] == step else _new_folder(config)
+        write_log(run, [entry for entry in read_log(old) if entry["step"] <= step] if old else [])
     files.save_json(config.to_json(), run / "config.json")
     return run
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run in which a checkpoint lies; None where it lies elsewhere."""
+    run = checkpoint.parent.parent
+    return run if checkpoint.parent.name == "checkpoints" and (run / "config.json").is_file() else None
+
+
+def tell_changes(checkpoint: Path, clips: int, clips_per_update: int) -> None:
+    """Says it where a run is gone on with on other clips or so many an update: then it is not the run that was interrupted."""
+    run = run_of(checkpoint)
+    then = files.read_json(run / DATA) if run and (run / DATA).is_file() else {}
+    for what, now, was in (
+        ("clips", clips, then.get("clips")), ("clips an update", clips_per_update, then.get("clips_per_update")),
+    ):  # fmt: skip
+        if was is not None and now != was:
+            log.warning(
+                "%d %s now, %d before: which clips come when, how long an epoch is and the learning rate's course are others from here on",
+                now, what, was,
+            )  # fmt: skip
+    if then.get("held_out") and clips != then.get("clips"):
+        log.warning("and clips that were trained on may be among those held out for validation: its losses may look better than they are")
 
 
 def _new_folder(config: TrainConfig) -> Path:

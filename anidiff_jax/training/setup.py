@@ -16,6 +16,7 @@ from anidiff_jax.models.config import fresh_motion_config, is_motion_unet, unet_
 from anidiff_jax.models.init import shapes
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.unet import UNet
+from anidiff_jax.parallel import in_all
 from anidiff_jax.pipeline import AnimateDiffPipeline
 from anidiff_jax.random import purpose
 from anidiff_jax.sampling import check_size
@@ -88,14 +89,26 @@ def load(config: TrainConfig) -> Model:
     return model
 
 
-def records(config: TrainConfig) -> tuple[Records, Records | None]:
-    """(rows that train, rows that validate); the embedded clips where the embedded model trains and nothing else is given."""
+def all_records(config: TrainConfig) -> Records:
+    """Every row there is; of the embedded clips where the embedded model trains and nothing else is given."""
     table, folder = config.csv_path, config.video_folder
     if config.embedded and table is None and folder is None:
         table, folder = str(EMBEDDED_CLIPS / "clips.csv"), str(EMBEDDED_CLIPS)
-    rows = read_records(table, folder).drawn(config.dataset_sample_size, config.seed)
+    return read_records(table, folder)
+
+
+def records(config: TrainConfig) -> tuple[Records, Records | None]:
+    """(rows that train, rows that validate), the same in all processes: else a UserError."""
+    rows = all_records(config)
+    seen = in_all([len(rows), int(rows.hash()[:8], 16)] if jax.process_count() > 1 else [0])
+    if (seen != seen[0]).any():
+        raise UserError(
+            f"the processes of this run do not see the same clips ({', '.join(map(str, seen[:, 0]))} rows): "
+            "--csv_path and --video_folder must hold the same on every machine"
+        )
+    rows = rows.drawn(config.dataset_sample_size, config.seed)
     if config.validation_csv is not None:
-        return rows, read_records(config.validation_csv, folder)
+        return rows, read_records(config.validation_csv, str(rows.folder))
     if config.validation_fraction:
         return rows.parted(config.validation_fraction, config.seed)
     return rows, None

@@ -16,6 +16,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 
 from anidiff_jax.config import TrainConfig
+from anidiff_jax.data.ahead import in_order
 from anidiff_jax.data.decode import BadVideo, fit, read_clip, window
 from anidiff_jax.data.loader import Clips, Videos, batches
 from anidiff_jax.data.records import Records, read_records
@@ -81,6 +82,18 @@ def test_captions_beside_the_videos(folder, tmp_path):
     assert read_records(None, str(tmp_path)) == Records(tmp_path, ["a.mp4", "b.mp4"], ["one", "two"])
 
 
+def test_a_name_that_is_not_in_utf_8_is_left_out(folder, tmp_path, caplog):
+    video = next(folder.glob("*.mp4"))
+    shutil.copyfile(video, tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_text("one")
+    for ending in (b".mp4", b".txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9" + ending)).write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        assert list(read_records(None, str(tmp_path)).names) == ["a.mp4"]
+    assert "2 names in" in caplog.text
+    assert r"'caf\udce9.mp4'" in caplog.text
+
+
 def test_rows_without_a_file_are_counted(folder, tmp_path, caplog):
     path = tmp_path / "c.csv"
     path.write_text((folder / "clips.csv").read_text() + "gone,gone.mp4\nlost,lost.mp4\n")
@@ -98,6 +111,8 @@ def test_rows_without_a_file_are_counted(folder, tmp_path, caplog):
         ("name,contentUrl\n", "it has no rows"),
         ("name,contentUrl\nx,y.mp4\n", "none of its 1 videos lies in"),
         (b"name,contentUrl\n\xff\xfe\n", "cannot be read as csv"),
+        ('name,contentUrl\nx,y.mp4\n"wow a cat,z.mp4\nx,y.mp4\n', "line 3 cannot be read as csv .unexpected end of data"),
+        ('name,contentUrl\n"wow a cat,y.mp4\n"one, two",y.mp4\n', "line 2 cannot be read as csv"),
     ],
 )
 def test_an_unusable_csv_is_an_error_at_once(folder, tmp_path, text, words):
@@ -406,3 +421,11 @@ print(len(records), time.monotonic() - start, resource.getrusage(resource.RUSAGE
     assert float(out[1]) < 60
     assert float(out[2]) < 4
     assert out[3] == "9999999"
+
+
+def test_work_is_done_in_order_and_not_far_ahead():
+    begun = []
+    results = in_order(lambda i: begun.append(i) or i * i, range(1000), 3)
+    assert next(results) == 0
+    assert len(begun) <= 5
+    assert list(results) == [i * i for i in range(1, 1000)]

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from anidiff_jax.shapes.clips import write_clips
-from anidiff_jax.training.runs import LOG
+from anidiff_jax.training.runs import LOG, find_checkpoint
 from tests import QUICKLY
 from tests.conftest import CACHE
 
@@ -43,6 +43,14 @@ def finish(process: subprocess.Popen) -> Path:
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     return Path(out.splitlines()[-1])
+
+
+def cut_short(process: subprocess.Popen, run: Path) -> Path:
+    """The checkpoint that a run which SIGTERM ends leaves."""
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 143, err
+    assert "iter-" not in out
+    return find_checkpoint(str(run), "")
 
 
 def wait_for(process: subprocess.Popen, output: Path, ready) -> Path:

@@ -88,8 +88,9 @@ def test_retention_never_deletes_the_best_or_the_last(write, tmp_path, limit, ke
     with checkpoint.Checkpoints(tmp_path, None, config, Hub(config, 1)) as checkpoints:
         for step, loss in enumerate(losses, 1):
             checkpoints.wait()
-            write_log(tmp_path, [*read_log(tmp_path), {"step": step} if loss is None else {"step": step, "validation_loss": loss}])
             checkpoints.save(state(step), {})
+            write_log(tmp_path, [*read_log(tmp_path), {"step": step} if loss is None else {"step": step, "validation_loss": loss}])
+            checkpoints.settle(step)
     assert steps_in(tmp_path / "checkpoints") == kept
     assert best_of(tmp_path) == {"step": 3, "validation_loss": 0.1}
 
@@ -107,11 +108,13 @@ def test_what_a_slow_hub_has_not_got_yet_is_kept(write, tmp_path, monkeypatch):
     with checkpoint.Checkpoints(tmp_path, None, config, hub) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(state(step), {})
+            checkpoints.settle(step)
         checkpoints.wait()
         assert steps_in(folder) == [1, 2, 3]
         busy.set()
         hub._thread.submit(lambda: None).result()  # the pushes before it are done
         checkpoints.save(state(4), {})
+        checkpoints.settle(4)
     hub.finished(folder / "iter-4")
     assert got == [(f"iter-{i}", True) for i in (1, 2, 3, 4)]
     assert steps_in(folder) == [4]

@@ -1,6 +1,7 @@
 """A run that is killed and gone on with ends where one ends that was never interrupted, bit for bit."""
 
 import json
+import logging
 import shutil
 import signal
 import time
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 
 from anidiff_jax import AnimateDiffPipeline
+from anidiff_jax.arguments import parse
+from anidiff_jax.config import TrainConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.scores import general_scores
-from anidiff_jax.training.runs import LOG, best_of, find_checkpoint, read_log, steps_in, write_log
+from anidiff_jax.training.runs import DATA, LOG, best_of, find_checkpoint, read_log, run_folder, steps_in, tell_changes, write_log
+from anidiff_jax.weights.files import save_json
 from anidiff_jax.weights.tree import flatten
-from tests.training.runs import finish, log_of, same_ends, short_run, start, state_of, wait_for
+from tests.training.runs import cut_short, finish, log_of, same_ends, short_run, start, state_of, wait_for
 
 UPDATES = 7
 
@@ -59,10 +63,17 @@ def test_asked_to_end_it_saves_first(command, whole, tmp_path):
     process = start(*command, "--output_dir", tmp_path, "--save_steps", "100")
     run = wait_for(process, tmp_path, lambda run: (run / LOG).exists() and (run / LOG).read_text())
     process.send_signal(signal.SIGTERM)
-    stopped = finish(process)
-    assert 1 <= int(stopped.name[5:]) < UPDATES
-    assert find_checkpoint(str(run), "") == stopped
+    assert 1 <= int(cut_short(process, run).name[5:]) < UPDATES
     same_ends(finish(start("--resume_from_checkpoint", run)), whole)
+
+
+def test_what_goes_wrong_in_validation_costs_no_checkpoint(command, tmp_path):
+    process = start(*command, "--output_dir", tmp_path, "--save_steps", "3")
+    run = wait_for(process, tmp_path, lambda run: True)
+    (run / "samples").write_text("in the way")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2, err
+    assert steps_in(run / "checkpoints") == [3]
 
 
 def test_what_was_saved_and_not_examined_is_examined_first(whole, tmp_path):
@@ -133,3 +144,38 @@ def test_a_checkpoint_is_known_by_any_way_to_it(tmp_path, monkeypatch):
     copy = checkpoint.rename(tmp_path / "good one")
     with pytest.raises(UserError, match="give it that name back"):
         find_checkpoint(str(copy), "")
+
+
+def test_a_checkpoint_that_was_copied_out_of_its_run_begins_another(tmp_path):
+    checkpoint = tmp_path / "home" / "project" / "iter-4"
+    (checkpoint / "state").mkdir(parents=True)
+    run = run_folder(TrainConfig(output_dir=str(tmp_path / "out")), checkpoint)
+    assert run.parent == tmp_path / "out"
+    assert read_log(run) == []
+    assert [path.name for path in (tmp_path / "home").rglob("*")] == ["project", "iter-4", "state"]
+
+
+def test_a_run_that_goes_on_otherwise_says_so(tmp_path, caplog):
+    run = tmp_path / "ad-1"
+    checkpoint = run / "checkpoints" / "iter-4"
+    (checkpoint / "state").mkdir(parents=True)
+    save_json({"clips": 100, "held_out": 10, "clips_per_update": 16}, run / DATA)
+    (run / "config.json").write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        tell_changes(checkpoint, 100, 16)
+        assert caplog.text == ""
+        tell_changes(checkpoint, 100, 8)
+        assert "8 clips an update now, 16 before" in caplog.text
+        assert "held out" not in caplog.text
+        tell_changes(checkpoint, 99, 16)
+    assert "99 clips now, 100 before" in caplog.text
+    assert "held out for validation" in caplog.text
+
+
+def test_latest_is_what_it_was_when_the_run_began(tmp_path):
+    """The arguments of the run that is found may name another output_dir, and another run may become the newest meanwhile."""
+    checkpoint = tmp_path / "ad-1" / "checkpoints" / "iter-4"
+    (checkpoint / "state").mkdir(parents=True)
+    save_json({"given": ["output_dir"], "output_dir": "elsewhere"}, checkpoint / "train_config.json")
+    config = parse(TrainConfig, ["--resume_from_checkpoint", "latest", "--output_dir", str(tmp_path)])
+    assert (config.resume_from_checkpoint, config.output_dir) == (str(checkpoint), str(tmp_path))
