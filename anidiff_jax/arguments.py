@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from pathlib import Path
@@ -45,21 +46,13 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
 
     Raises UserError for a value or an argument that does not exist; `--ignore_args_error true` makes the latter a warning.
     """
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message):  # argparse would print a page
-            raise UserError(f"{message} (see --help)")
-
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].endswith((".json", ".yaml", ".yml")) and not words[0].startswith("-"):
         words = _words_of_file(Path(words[0]).expanduser(), words[1:]) + words[1:]
     words = _words_of_run(words)
     if kind is SampleConfig:
         words = _words_of_video(words) + words
-    groups = [_as_group(title, members) for title, members in sections(kind).items()]
-    parser = Parser(groups, allow_abbrev=False, usage="%(prog)s [settings.yaml | settings.json] [--name value …]", description=kind.__doc__)  # type: ignore[arg-type]
-    namespace, rest = parser.parse_known_args(words)
+    namespace, rest = _read(kind, words)
     known = {f.name for f in fields(kind) if f.init}
     named = {word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
     given = {name.removeprefix("no_") if name not in known else name for name in named} & known
@@ -78,6 +71,24 @@ def parse(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     config = kind(**{name: value for name, value in values.items() if name in known})
     object.__setattr__(config, "given", frozenset(given))
     return config
+
+
+def value_of(kind: type[Config], name: str, text: str) -> Any:
+    """One argument's value as the command line reads it, not yet checked with the others: `but` does that."""
+    return getattr(_read(kind, [f"--{name}={text}"])[0], name)
+
+
+def _read(kind: type[Config], words: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """(all values, words that are no arguments)"""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message):  # argparse would print a page
+            raise UserError(f"{message} (see --help)")
+
+    groups = [_as_group(title, members) for title, members in sections(kind).items()]
+    parser = Parser(groups, allow_abbrev=False, usage="%(prog)s [settings.yaml | settings.json] [--name value …]", description=kind.__doc__)  # type: ignore[arg-type]
+    return parser.parse_known_args(words)
 
 
 def sections(kind: type) -> dict[str, list[Field]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from anidiff_jax.arguments import parse
+from anidiff_jax.arguments import value_of
 from anidiff_jax.config import SampleConfig
 from anidiff_jax.errors import UserError
 from anidiff_jax.video import slug
@@ -88,7 +88,7 @@ def _value(config: SampleConfig, name: str, text: str, given: str) -> Any:
     if name in known:
         try:
             kinds = {f.name: f.type for f in fields(SampleConfig)}
-            value = text if kinds[name] in (str, str | None) else getattr(parse(SampleConfig, [f"--{name}={text}"]), name)
+            value = text if kinds[name] in (str, str | None) else value_of(SampleConfig, name, text)
             config.but(**{name: value})
         except UserError as error:
             raise UserError(f"grid {given}: {error}") from None

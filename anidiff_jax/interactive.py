@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from anidiff_jax.arguments import parse
+from anidiff_jax.arguments import value_of
 from anidiff_jax.config import SampleConfig, path_and_scale
 from anidiff_jax.errors import UserError
 
@@ -83,7 +83,7 @@ class Session:
             name, _ = SETTINGS[command]
             if not value and command != "neg":
                 raise UserError(f"/{command} needs a value; it is {getattr(self.config, name)}")
-            value = getattr(parse(SampleConfig, [f"--{name}={value}"]), name)
+            value = value_of(SampleConfig, name, value)
             self.config = self.config.but(**{name: value})
         elif command == "lora":
             self._lora(value)

@@ -10,7 +10,7 @@ from anidiff_jax.errors import UserError
 from anidiff_jax.pipeline import AnimateDiffPipeline
 from anidiff_jax.sampling import check_size, most_frames
 from anidiff_jax.weights.kinds import kind_of_checkpoint
-from anidiff_jax.weights.merge import write_merged_adapter
+from anidiff_jax.weights.merge import merged_folder, must_be_free, write_merged_adapter
 
 
 def check(pipeline: AnimateDiffPipeline, config: SampleConfig) -> None:
@@ -28,6 +28,10 @@ def load(config: SampleConfig) -> AnimateDiffPipeline:
             held, other = ("a LoRA", "lora") if kind == "lora" else ("no LoRA", "full")
             raise UserError(f"ckpt_dir {config.ckpt_dir} holds {held}: give --sft_type {other}")
         trained = {kind: Path(config.ckpt_dir).expanduser()}
+    if config.merge_lora and config.from_json is None:
+        must_be_free(merged_folder(trained["lora"]), config.replace_if_exists)  # now, and not when all is loaded
+        if config.motion_adapter_id_or_path is None and config.model_id_or_path is not None:
+            raise UserError("merge_lora needs --motion_adapter_id_or_path, the adapter that the LoRA was trained on, to merge it into")
     pipeline = AnimateDiffPipeline.from_pretrained(
         config.model_id_or_path,
         **{"motion_adapter": config.motion_adapter_id_or_path} | trained,

@@ -18,6 +18,7 @@ from anidiff_jax import interactive, loading
 from anidiff_jax.arguments import parse
 from anidiff_jax.config import PROMPTS, SampleConfig
 from anidiff_jax.errors import UserError
+from anidiff_jax.grid import axes_of
 from anidiff_jax.lora import init_lora
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.outputs import check_models, record_of, settings_of
@@ -326,6 +327,16 @@ def test_loras_norms_strength_and_parts(load, lora, base, tmp_path):
         assert any((a != b).any() for a, b in zip(ours, own, strict=True))
 
 
+def test_values_of_a_grid_and_of_commands_are_checked_with_the_others_that_were_given():
+    """Not with those of the embedded model, or of formats that are not written."""
+    config = parse(SampleConfig, ["--model_id_or_path", "sd", "--sample_n_frames", "32", "--context_frames", "16", "--prompt", "a"])
+    (axis,) = axes_of(config.but(grid=["context_overlap=4,8"]), ["a"])
+    assert axis.values == (4, 8)
+    session = interactive.Session(parse(SampleConfig, ["--output_format", "mp4"]), None)
+    assert session.answer("/fps 60") is None
+    assert session.config.fps == 60
+
+
 def test_merging(load, lora, tmp_path, capsys, monkeypatch):
     checkpoint = shutil.copytree(lora, tmp_path / "iter-3")
     words = ["--ckpt_dir", checkpoint, "--merge_lora", "true"]
@@ -340,6 +351,11 @@ def test_merging(load, lora, tmp_path, capsys, monkeypatch):
         assert bool(jnp.any(value != plain[key])) == (key.endswith("attn1.to_q.weight") and "motion_modules" in key), key
     with pytest.raises(UserError, match="merge_lora needs --sft_type lora and --ckpt_dir"):
         load("--merge_lora", "true")
+    with pytest.raises(UserError, match="merge_lora needs --motion_adapter_id_or_path"):
+        loading.load(parse(SampleConfig, ["--model_id_or_path", "sd", "--ckpt_dir", str(lora), "--merge_lora", "true"]))
+    monkeypatch.setattr(AnimateDiffPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded first"))
+    with pytest.raises(UserError, match="give --replace_if_exists true"):
+        load(*words)
     monkeypatch.setattr(AnimateDiffPipeline, "from_pretrained", lambda *_, **__: merged)  # it need not be read again
     before = (folder / "config.json").stat().st_mtime_ns
     with pytest.raises(UserError, match="give --replace_if_exists true"):

@@ -71,7 +71,8 @@ def _of_folder(path: Path) -> Kind:
     if (path / "motion_adapter").is_dir():
         return _of_folder(path / "motion_adapter")
     if (path / "config.json").is_file():
-        name = str(read_json(path / "config.json").get("_class_name") or "")
+        said = read_json(path / "config.json")
+        name = str(said.get("_class_name") or (said.get("architectures") or [""])[0])  # as diffusers says it, and transformers
         found = of_tensors(store.tensors_in(path, "model" if name.startswith("CLIP") else STEM), path)
         if name and not any(word in name for word in ("UNet", "Motion", "Autoencoder", "CLIP")):
             return Kind(name, "diffusers", supported=False)
@@ -202,6 +203,8 @@ def _lora(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind:
 
 def kind_of_checkpoint(folder: Path) -> str:
     """What a checkpoint holds: "lora", "motion_adapter" or "unet"; a UserError where it is no checkpoint."""
+    if folder.is_file():
+        raise UserError(f"ckpt_dir {folder} is a file, and a checkpoint a folder: --lora or --motion_adapter_id_or_path take files")
     if not folder.is_dir():
         raise UserError(f"ckpt_dir {folder} does not exist: give a folder such as output/ad-…/checkpoints/iter-100")
     if (folder / loras.CONFIG).is_file():

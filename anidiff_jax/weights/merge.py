@@ -24,6 +24,12 @@ def merged_folder(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}-merged")
 
 
+def must_be_free(target: Path, replace: bool) -> None:
+    """A UserError where the folder exists and may not be replaced."""
+    if target.exists() and not replace:
+        raise UserError(f"{target} exists: give --replace_if_exists true to write it anew, or move it away")
+
+
 def write_merged_adapter(
     adapter: str | Path | None, revision: str | None, checkpoint: Path, replace: bool = False, hub: str | None = None
 ) -> Path:
@@ -33,8 +39,7 @@ def write_merged_adapter(
     the LoRA holds layers outside of motion modules, or where the two do not fit.
     """
     target = merged_folder(checkpoint)
-    if target.exists() and not replace:
-        raise UserError(f"{target} exists: give --replace_if_exists true to write it anew, or move it away")
+    must_be_free(target, replace)
     source = EMBEDDED / "motion_adapter" if adapter is None else resolve(str(adapter), revision, hub)
     raw, tensors, header = merged_adapter(source, [(checkpoint, 1.0)])
     with files.written_whole(target) as out:
@@ -116,6 +121,7 @@ def extract_lora(before: Mapping[str, Tensor], after: Mapping[str, Tensor], rank
         whole += float(np.square(difference, dtype=np.float64).sum())
         if difference.ndim == 2 and key.endswith(".weight") and difference.any():
             u, s, v = np.linalg.svd(difference.T, full_matrices=False)  # ours: (in, out)
+            u, s, v = (_filled(x, rank, axis) for x, axis in ((u, 1), (s, 0), (v, 0)))  # a narrow layer's rank may be smaller
             root = np.sqrt(s[:rank])
             kept += float(np.square(s[:rank], dtype=np.float64).sum())
             layer = key.removesuffix(".weight")
@@ -123,3 +129,9 @@ def extract_lora(before: Mapping[str, Tensor], after: Mapping[str, Tensor], rank
     if not adapters:
         raise UserError("the two do not differ in any Linear layer: there is no LoRA to extract")
     return unflatten(adapters), kept / whole
+
+
+def _filled(x: np.ndarray, length: int, axis: int) -> np.ndarray:
+    """x with zeros behind it, so that it is at least so long."""
+    missing = max(0, length - x.shape[axis])
+    return np.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])

@@ -89,9 +89,11 @@ def _part_of(path: Path, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """One network, from a file or folder of its own or from a whole model."""
     if (path / part).is_dir():
         path = path / part
+    own = {"vae": [kinds.VAE], "text_encoder": [kinds.TEXT], "unet": [kinds.UNET, kinds.VIDEO_UNET]}[part]
     if (path / "config.json").is_file():
+        expect(path, *own)
         return store.tensors_in(path, STEMS[part]), read_json(path / "config.json")
-    found = expect(path, {"vae": kinds.VAE, "text_encoder": kinds.TEXT, "unet": kinds.UNET}[part], kinds.BASE)
+    found = expect(path, *own, kinds.BASE)
     for note in found.notes:
         log.info("%s: %s", path, note)
     tensors = ldm.parts_of(found.tensors, path).get(part) or (dict(found.tensors) if part == "text_encoder" else {})
@@ -108,7 +110,13 @@ def motion_source(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Kind]:
     """(config.json, tensors under diffusers' names, what it was) of motion modules; {} where a file has no configuration."""
     if (path / "motion_adapter").is_dir():
         path = path / "motion_adapter"
-    found = expect(path, kinds.MOTION)
+    found = recognise(path)
+    if (found.kind, found.naming) == (kinds.VIDEO_UNET, "original"):  # as its trainer saves what it trains, with the rest of the UNet
+        own = {key: tensor for key, tensor in found.tensors.items() if is_motion(key)}
+        log.info("%s is a whole UNet: of its %d tensors the %d of motion modules are used", path, len(found.tensors), len(own))
+        found = kinds.of_tensors(own, path)
+    else:
+        found = expect(path, kinds.MOTION)
     strange = sorted(key for key in found.tensors if not is_motion(key))
     if strange:
         raise UserError(f"{path} holds unexpected {', '.join(strange[:3])}: it is not a plain motion adapter")

@@ -169,7 +169,7 @@ def _numpy(tensor, mapped: bool) -> np.ndarray:
     """mapped: it lies in a file that is mapped into memory, where every page that is read would stay."""
     import torch
 
-    half = tensor.dtype == torch.bfloat16
+    tensor, half = tensor.detach(), tensor.dtype == torch.bfloat16  # a Parameter is saved with its gradient's wish
     array = (tensor.contiguous().view(torch.uint16) if half else tensor.contiguous()).numpy()
     if mapped:
         array = array.copy()

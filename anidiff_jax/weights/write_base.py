@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from anidiff_jax.errors import UserError
+from anidiff_jax.models.config import is_motion_unet
 from anidiff_jax.weights import files, store
 from anidiff_jax.weights.loras import load_lora
 from anidiff_jax.weights.merge import layers_of, with_lora
@@ -32,6 +34,8 @@ def with_loras(source: Source, loras: Sequence[tuple[Path, float]]) -> Source:
 
 def write_base(source: Source, target: Path, dtype: str | None = None, header: Mapping[str, str] | None = None) -> None:
     """Fills `target` with all that diffusers' StableDiffusionPipeline reads. dtype: of all tensors; None keeps each one's own."""
+    if source.unet is not None and is_motion_unet(source.configs["unet"]):
+        raise UserError(f"{source.unet} holds motion modules too, which a base model has no place for: convert/export_motion_adapter.py")
     for part in PARTS:
         (target / part).mkdir()
         tensors = {key: tensor.cast(dtype) if dtype else tensor for key, tensor in source.tensors[part].items()}

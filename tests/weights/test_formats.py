@@ -1,6 +1,7 @@
 """Every kind of file that people have: read, it is the model that PyTorch has in memory."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -95,6 +96,37 @@ def test_original_motion_modules(base, tmp_path, form, mid):
     found = recognise(path)
     assert (found.kind, found.naming, found.version) == (kinds.MOTION, "original", "v2" if mid else "v3")
     motion_is(model, path)
+
+
+def test_what_the_original_trainer_saves_is_a_whole_unet(base, tmp_path, caplog):
+    """Its motion modules are taken, under the names that several processes give them."""
+    model = reference.adapter(motion_max_seq_length=32)
+    image = {f"module.{k}": v for k, v in reference.unet().state_dict().items()}
+    state = {"epoch": 3, "global_step": 7, "state_dict": {**image, **FORMS["distributed"](foreign.original_motion(model))["state_dict"]}}
+    path = foreign.save(state, tmp_path / "checkpoint.ckpt")
+    assert (recognise(path).kind, recognise(path).naming) == (kinds.VIDEO_UNET, "original")
+    with caplog.at_level(logging.INFO):
+        motion_is(model, path)
+    assert f"is a whole UNet: of its {len(state['state_dict'])} tensors" in caplog.text
+    with pytest.raises(UserError, match="is a file, and a checkpoint a folder"):
+        kinds.kind_of_checkpoint(path)
+
+
+def test_parameters_and_text_encoders_are_read(base, tmp_path):
+    """A pickle of what a script trained holds nn.Parameters; a text encoder's config.json names it otherwise than diffusers' do."""
+    state = {name: torch.nn.Parameter(value) for name, value in reference.unet().state_dict().items()}
+    torch.save(state, tmp_path / "unet.pt")
+    name, value = next(iter(state.items()))
+    np.testing.assert_array_equal(tensors_of(tmp_path / "unet.pt")[name].read(), value.detach().numpy())
+    assert recognise(base / "text_encoder").kind == kinds.TEXT
+
+
+@pytest.mark.parametrize(
+    ("part", "other", "kind"), [("unet", "adapter", "motion modules"), ("vae", "unet", "UNet"), ("text_encoder", "vae", "VAE")]
+)
+def test_a_part_of_another_kind_is_refused(base, adapter, part, other, kind):
+    with pytest.raises(UserError, match=f"is diffusers .*{kind}: give it as --"):
+        base_source(base, **{part: adapter if other == "adapter" else base / other})
 
 
 def test_position_tables(base, tmp_path):

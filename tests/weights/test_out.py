@@ -16,12 +16,14 @@ from safetensors.torch import load_file as load_torch
 
 from anidiff_jax.errors import UserError
 from anidiff_jax.lora import init_lora
+from anidiff_jax.training.checkpoint import save_unet_part
 from anidiff_jax.weights.base import load_model
 from anidiff_jax.weights.loras import Lora, as_named, load_lora, save_lora
 from anidiff_jax.weights.merge import extract_lora, with_lora
-from anidiff_jax.weights.sources import motion_source
+from anidiff_jax.weights.sources import base_source, motion_source
 from anidiff_jax.weights.tensors import Tensor, metadata_of, tensors_of, write_tensors
 from anidiff_jax.weights.tree import flatten
+from anidiff_jax.weights.write_base import write_base
 from tests import reference
 from tests.weights import foreign
 
@@ -141,9 +143,24 @@ def test_a_lora_is_extracted_from_a_difference(adapter, lora, tmp_path):
         np.testing.assert_allclose(tensor.read(), after[key].read(), rtol=1e-4, atol=1e-4, err_msg=key)
     _, less = extract_lora(before, after, 2)
     assert 0.2 < less < 0.95
+    wide, _ = extract_lora(before, after, 64)  # more than the narrow layers have: what is read again is as strong
+    (tmp_path / "wide").mkdir()
+    save_lora(wide, tmp_path / "wide", alpha=64, dropout=0.0, base="")
+    for key, tensor in with_lora(before, load_lora(tmp_path / "wide", {}).unet, 1.0, tmp_path).items():
+        np.testing.assert_allclose(tensor.read(), after[key].read(), rtol=1e-4, atol=1e-4, err_msg=key)
     other = reference.write_adapter(tmp_path, reference.adapter(use_motion_mid_block=False))
     with pytest.raises(UserError, match="differ in structure"):
         extract_lora(before, motion_source(other)[1], 4)
+
+
+def test_a_video_unet_is_no_base_model(base, adapter, tmp_path):
+    model, trained = load_model(base, adapter), tmp_path / "iter-3"
+    trained.mkdir()
+    save_unet_part(model.params["unet"], {}, model, trained, {})
+    source = base_source(base, unet=tmp_path / "iter-3")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"holds motion modules too.*export_motion_adapter"):
+        write_base(source, tmp_path / "out")
 
 
 ORIGINAL = "write_original(motion_source(a)[1], b); write_tensors(motion_source(b)[1], c)"
@@ -164,7 +181,7 @@ from pathlib import Path
 import jax, orbax.checkpoint
 from anidiff_jax.weights import store
 from anidiff_jax.weights.merge import write_original
-from anidiff_jax.weights.sources import motion_source
+from anidiff_jax.weights.sources import base_source, motion_source
 from anidiff_jax.weights.tensors import write_tensors
 a, b, c = map(Path, sys.argv[1:])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
