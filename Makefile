@@ -34,6 +34,7 @@ check: .venv/dev  ## style and types
 	.venv/bin/mypy
 
 .venv/core: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'this needs Python 3.11 or newer: make … PYTHON=python3.12'; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(PIP) install --quiet --editable '.$(EXTRA)'
 	touch $@
@@ -50,5 +51,5 @@ check: .venv/dev  ## style and types
 	$(PIP) install --quiet --editable '.[dev]' --constraint tests/constraints.txt
 	touch $@
 
-clean:  ## the environment and the compile cache, not what you made
+clean:  ## the environment and the tests' compile cache; not what you made, nor ~/.cache/anidiff-jax
 	rm -rf .venv .cache

@@ -25,11 +25,13 @@ class _Shared:
     )
     model_revision: str | None = arg(None, "revision of the base model on the hub")
     motion_adapter_id_or_path: str | None = arg(
-        None, "motion modules: diffusers folder, file of diffusers' or the original naming, checkpoint of full training, or hub id"
+        None,
+        "motion modules: diffusers folder, file of diffusers' or the original naming, checkpoint of full training, or hub id; "
+        "LoRA on motion modules needs them, full training without them begins from nothing",
     )
     motion_adapter_revision: str | None = arg(None, "revision of the motion adapter on the hub")
     hub: Literal["hf", "modelscope"] | None = arg(
-        None, "where hub ids are looked up (none = Hugging Face, then ModelScope), and where push_to_hub pushes (none = Hugging Face)"
+        None, "where hub ids are looked up (none = Hugging Face, then ModelScope where its package is), and where push_to_hub pushes (hf)"
     )
     vae_path: str | None = arg(None, "VAE in place of the base model's: file, folder or hub id of a VAE or of a whole model")
     text_encoder_path: str | None = arg(None, "the same for the text encoder, with the tokenizer beside it")
@@ -47,7 +49,7 @@ class _Shared:
         "per_frame", "statistics of the image layers' norms: in each frame alone, or over all frames (v1 motion modules)"
     )
     motion_scale: float = arg(1.0, "factor of what the motion modules add; 0 = the image model alone")
-    motion_num_attention_heads: int = arg(8, "heads of fresh motion modules; an adapter brings its own")
+    motion_num_attention_heads: int = arg(8, "heads of fresh motion modules; an adapter brings its own, and another number is an error")
     motion_max_seq_length: int = arg(32, "longest clip that fresh motion modules know, in frames; an adapter brings its own")
     sft_type: Literal["lora", "full"] = arg("lora", "train low-rank adapters, or the parameters themselves")
     sample_size: str = arg("256", "height and width in pixels: one number for both, or HEIGHTxWIDTH")
@@ -76,7 +78,9 @@ class _Shared:
     )
     rescale_betas_zero_snr: bool = arg(False, "let nothing of the clip be left at the noise's last step; for velocity prediction")
     seed: int = arg(42, "everything random comes from it")
-    enable_xformers_memory_efficient_attention: bool = arg(True, "choose attention by shape and device; false = keep all logits")
+    enable_xformers_memory_efficient_attention: bool = arg(
+        True, "attention that saves memory, in the form that suits shape and device; false = all logits are held"
+    )
     ignore_args_error: bool = arg(False, "warn about unknown arguments instead of stopping (for notebooks)")
     given: frozenset[str] = field(default=frozenset(), init=False, repr=False)
 
@@ -212,7 +216,9 @@ class TrainConfig(_Shared):
     timestep_bias_multiplier: float = arg(3.0, "with timestep_bias_begin: this many times as often")
     noise_offset: float = arg(0.0, "deviation of a shift of all noise of a frame's channel, so that very dark and bright clips are learnt")
     ema_decay: float = arg(0.0, "moving average of what trains (0.999, say), which samples, validation and exports then use; 0 = none")
-    gradient_checkpointing: bool = arg(False, "recompute each layer in the backward pass: less memory, about a third more time")
+    gradient_checkpointing: bool = arg(
+        False, "recompute norms, attention and feed-forwards in the backward pass: far less memory, a tenth to a fifth more operations"
+    )
     mixed_precision: bool = arg(True, "compute in bfloat16 on GPU and TPU; what trains stays in float32")
     deterministic: bool = arg(False, "on GPUs, only kernels that give the same bits every time; CPUs do anyway")
     ddp_backend: Literal["nccl", "gloo", "mpi", "ccl", "hccl"] = arg("nccl", "nccl = the GPUs' own collectives; gloo, mpi = those of CPUs")
@@ -237,7 +243,9 @@ class TrainConfig(_Shared):
     push_to_hub: bool = arg(False, "push checkpoints, with a card and a sample, to the hub")
     hub_model_id: str | None = arg(None, "with push_to_hub: owner/name")
     hub_private_repo: bool = arg(False, "with push_to_hub: make the repository private")
-    push_hub_strategy: Literal["push_last", "push_best", "all_checkpoints"] = arg("push_best", "with push_to_hub: what to push")
+    push_hub_strategy: Literal["push_last", "push_best", "all_checkpoints"] = arg(
+        "push_best", "with push_to_hub: push_best = the checkpoint of the lowest validation loss (without validation the last, at the end)"
+    )
     hub_token: str | None = field(default=None, repr=False, metadata={"help": "with push_to_hub: access token; never stored"})
 
     @property

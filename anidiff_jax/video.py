@@ -81,7 +81,7 @@ def save_mp4(frames, path: Path, fps: float = 8, settings: Mapping[str, Any] | N
     """Writes (f, h, w, 3) frames as H.264 in yuv420p, which plays everywhere; `settings` go into the file as its comment.
 
     yuv420p keeps colours for two by two pixels, so an odd height or width gets its last row or column twice.
-    crf: x264's constant rate factor, 0 to 51; lower is better and larger, by half for 6.
+    crf: x264's constant rate factor, 0 to 51; lower is better, and 6 less makes files twice as large. sample.py's own default is 17.
     """
     from imageio_ffmpeg import get_ffmpeg_exe
 

@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py          # writes benchmarks/results/scale.json and .md
 
-The compiled update is that of the embedded model on two forced CPU devices; its all-reduces are read from the program itself. Weak
+The compiled update is that of the embedded model on four forced CPU devices; its all-reduces are read from the program itself. Weak
 scaling runs train.py on 1, 2, 4 and 8 forced devices with the same clips a device. On paper: time = operations / (peak × share) +
 all-reduce, with the assumptions below, which no GPU here has confirmed.
 """

@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from anidiff_jax.errors import run_script
+from anidiff_jax.weights.hub import HUBS, resolve
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="+", help="files, folders or hub ids")
+    parser.add_argument("--hub", choices=HUBS, help="where hub ids are looked up; none = the one, then the other")
     args = parser.parse_args()
 
-    from anidiff_jax.weights.hub import resolve
-
     for path in args.paths:
-        print(describe(resolve(path)))
+        print(describe(resolve(path, hub=args.hub)))
 
 
 def describe(path: Path) -> str:

@@ -3,7 +3,7 @@
 XLA's own convolution is that on GPUs and TPUs. On a CPU it runs slower than XLA's products of matrices, so that wide 3×3
 convolutions are better written as such: measured on 2 cores, 1.2 to 1.9 times as fast, with rounding no worse.
 
-A 1×1 convolution is a product anyway, and on a CPU 1.2 to 2.6 times as fast if it is written as one.
+A 1×1 convolution is a product anyway, and on a CPU 1.2 to 1.8 times as fast if it is written as one.
 
 A 3×3 convolution of an image that was doubled by its nearest neighbours sees each pixel of the small image several times: it is four
 2×2 convolutions of that, with 2.25 times fewer multiplications; on a CPU 1.2 to 2.5 times as fast from 16² on, at 8² about as fast;

@@ -2,7 +2,7 @@
 
     python -m anidiff_jax.shapes.evaluate --output evaluation                          # the shipped model: 100 videos
     python -m anidiff_jax.shapes.evaluate --output stills --sample_n_frames 1          # its image model
-    python -m anidiff_jax.shapes.evaluate --output lora --ckpt_dir demo/runs/…/iter-60 --motion right
+    python -m anidiff_jax.shapes.evaluate --output lora --ckpt_dir demo/runs/ad-…/checkpoints/iter-150
 
 Prompts are worded as training never words them, and half show combinations that training never shows. Writes scores.json, scores.md,
 sheet.png and grid.gif.
