@@ -39,7 +39,7 @@ def main() -> None:
     if any(axis.name == "prompt" for axis in axes):
         prompts = [axis.values[0] for axis in axes if axis.name == "prompt"]
     for prompt in prompts:
-        check_travel(prompt, config.sample_n_frames)
+        check_cells(config.but(prompt=prompt), axes)
     pipeline = load(config)
     if config.from_json is not None:
         outputs.check_models(config, outputs.record_of(config, pipeline))
@@ -56,10 +56,16 @@ def main() -> None:
         make(pipeline, [config.but(prompt=prompt) for prompt in prompts], axes)
 
 
+def check_cells(config: SampleConfig, axes) -> None:
+    """A UserError where a prompt of any video of the grid travels further than its frames."""
+    for cell in grid.cells(config, axes) if axes else [config]:
+        check_travel(cell.prompt or "", cell.sample_n_frames)
+
+
 def make(pipeline, configs: list[SampleConfig], axes):
     """All videos of the prompts, and grids of them; returns the frames of the last video."""
     for config in configs:
-        check_travel(config.prompt or "", config.sample_n_frames)
+        check_cells(config, axes)
     asked = [config.but(seed=config.seed + i, num_videos_per_prompt=1) for config in configs for i in range(config.num_videos_per_prompt)]
     cells = [grid.cells(config, axes) if axes else [config] for config in asked]
     videos = sample(pipeline, list(itertools.chain(*cells)))

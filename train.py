@@ -54,7 +54,9 @@ def main() -> None:
     # Data: rows first, since they may be wrong and are cheap to check.
     prompts = config.prompts()
     if config.check_data:
-        return check_data(setup.all_records(config), config)
+        if parallel.is_main():
+            check_data(setup.all_records(config), config)
+        return parallel.wait_for_all("checked")
     records, held_out = setup.records(config)
 
     # Models: the base and its motion modules, split into what trains and what is frozen.
@@ -87,7 +89,7 @@ def main() -> None:
     next_batch = lambda: parallel.split_batch(next(stream), config.gradient_accumulation_steps)
     batch = next_batch()
     if checkpoint:
-        tell_changes(checkpoint, len(records), per_update)
+        tell_changes(checkpoint, records, per_update, bool(config.validation_fraction))
     run = run_folder(config, checkpoint) if parallel.is_main() else Path(config.output_dir)  # the others write nothing
     count = sum(x.size for x in jax.tree.leaves(state.params))
     log.info("%s: %s training of %.2fM parameters on %d clips", run, config.sft_type, count / 1e6, len(records))
@@ -117,6 +119,7 @@ def main() -> None:
         to_save = lambda step: step == updates or step % (config.save_steps or config.eval_steps) == 0
         if checkpoint and to_examine(done) and done not in report.scored:  # it was saved, and killed before it was examined
             examine(done)
+        if checkpoint:
             checkpoints.settle(done)
         for step in range(done + 1, updates + 1):
             state, metrics = update(state, frozen, parallel.to_devices(batch))
@@ -126,10 +129,7 @@ def main() -> None:
 
             if stop.asked(step) and step < updates:  # what is to be examined now, the run that goes on will examine first
                 save()
-                checkpoints.wait()
-                parallel.wait_for_all("saved")
-                log.warning("asked to end (SIGTERM): saved at update %d, go on with --resume_from_checkpoint %s", step, run)
-                sys.exit(CUT_SHORT)
+                break
             if to_save(step):  # before anything else that may go wrong
                 save()
             if to_examine(step):
@@ -139,6 +139,14 @@ def main() -> None:
         if updates == 0 and parallel.is_main():
             save()
             examine(0)
+            checkpoints.settle(0)
+    if int(state.step) < updates:
+        log.warning("asked to end (SIGTERM): saved at update %d, go on with --resume_from_checkpoint %s", int(state.step), run)
+        if parallel.is_main():
+            hub.wait()
+            write_report(run, config, {})
+        parallel.wait_for_all("saved")
+        sys.exit(CUT_SHORT)
     if clips.skipped:
         log.warning("%d of %d videos could not be used", len(clips.skipped), len(records))
     if parallel.is_main():

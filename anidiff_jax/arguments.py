@@ -143,6 +143,7 @@ def _words_of_video(words: list[str]) -> list[str]:
     anew |= {"prediction_type"} if "model_id_or_path" in anew else set()  # it was the other model's own
     anew |= PRESETS.get(given.get("__preset", ""), {}).keys()
     record = settings_of(where)
+    record["grid"] = [axis for axis in record.get("grid") or [] if axis.partition("=")[0] not in anew]
     if "model_id_or_path" not in record and not anew & {"model_id_or_path", "ckpt_dir"}:
         raise UserError(f"{where} does not say which model made it, as samples of training do not: give --model_id_or_path, or --ckpt_dir")
     return _as_words({name: value for name, value in arguments_in(record).items() if name not in anew})

@@ -49,7 +49,9 @@ class _Shared:
         "per_frame", "statistics of the image layers' norms: in each frame alone, or over all frames (v1 motion modules)"
     )
     motion_scale: float = arg(1.0, "factor of what the motion modules add; 0 = the image model alone")
-    motion_num_attention_heads: int = arg(8, "heads of fresh motion modules; an adapter brings its own, and another number is an error")
+    motion_num_attention_heads: int = arg(
+        8, "heads of fresh motion modules, or of a file that does not say them; against an adapter's own: an error"
+    )
     motion_max_seq_length: int = arg(32, "longest clip that fresh motion modules know, in frames; an adapter brings its own")
     sft_type: Literal["lora", "full"] = arg("lora", "train low-rank adapters, or the parameters themselves")
     sample_size: str = arg("256", "height and width in pixels: one number for both, or HEIGHTxWIDTH")

@@ -53,7 +53,7 @@ def join_cluster(coordinator_address: str | None, num_processes: int | None, pro
         raise UserError("coordinator_address, num_processes and process_id go together: give all three, or none to find them")
     if not any(given) and not _several():
         return
-    if not any(given) and _job_of_kubernetes() and find_spec("kubernetes") is None:
+    if not any(given) and _job_of_kubernetes() and not _told_otherwise() and find_spec("kubernetes") is None:
         raise UserError(
             "this pod is one of a Job, and may have others beside it, which it finds with pip install 'jax[k8s]'; or give "
             "--coordinator_address, --num_processes and --process_id (of a pod alone: localhost:1234, 1 and 0)"
@@ -79,12 +79,18 @@ def _job_of_kubernetes() -> bool:
     return os.environ.get("KUBERNETES_SERVICE_HOST") is not None and os.environ.get("JOB_COMPLETION_INDEX") is not None
 
 
+def _told_otherwise() -> bool:
+    """Whether JAX finds the processes of a pod without asking Kubernetes: those of a TPU slice, or a launcher's in it."""
+    return any(name in os.environ for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_ID"))
+
+
 def _own_gpus() -> list[int] | None:
     """All GPUs that a launcher gives, where it starts one process a machine; None leaves it to JAX, which takes one a process."""
     said = os.environ.get
-    alone = re.fullmatch(r"1(\(x\d+\))?", said("SLURM_STEP_TASKS_PER_NODE", "")) or said("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
-    gpus = said("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(int(said("SLURM_GPUS_ON_NODE", "0")))))
-    return list(range(len(gpus.split(",")))) if alone and gpus and not said("JAX_LOCAL_DEVICE_IDS") else None
+    beside = said("OMPI_COMM_WORLD_LOCAL_SIZE") or said("SLURM_STEP_TASKS_PER_NODE") or ""  # mpirun inside of a step of Slurm's goes first
+    visible, there = said("CUDA_VISIBLE_DEVICES"), len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    count = len(visible.split(",")) if visible else int(said("SLURM_GPUS_ON_NODE", there))
+    return list(range(count)) if re.fullmatch(r"1(\(x\d+\))?", beside) and count and not said("JAX_LOCAL_DEVICE_IDS") else None
 
 
 def is_main() -> bool:

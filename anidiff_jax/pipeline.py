@@ -220,6 +220,8 @@ class AnimateDiffPipeline:
         for name, given in (("negative prompts", negatives), ("seeds", seeds)):
             if len(given) != len(prompts):
                 raise UserError(f"{len(given)} {name} for {len(prompts)} prompts: give one for all, or one for each")
+        if wrong := [each for each in seeds if not 0 <= each < 2**32]:
+            raise UserError(f"seed {wrong[0]} is not one of 0 to {2**32 - 1}")
         num_frames = self.defaults["sample_n_frames"] if num_frames is None else num_frames
         height, width = height or int(self.defaults["sample_size"]), width or int(self.defaults["sample_size"])
         guidance_scale = self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale
@@ -247,6 +249,8 @@ class AnimateDiffPipeline:
             text, own = np.stack([texts[i] for i in group]), [seeds[i] for i in group]
             made = sample(plan, networks.vae, self.schedule, weights, lora, text, starts, own, done)
             videos |= dict(zip(group, np.asarray(made), strict=True))  # a group may make a video twice, so that no device is idle
+        if lost := [prompts[i] for i, video in sorted(videos.items()) if not np.isfinite(video).all()]:
+            log.warning("values that are not finite, shown black, are in the video of %r: dtype float32 or bfloat16 may hold them", lost[0])
         return np.stack([videos[i] for i in range(len(prompts))])
 
     def _on_devices(self) -> tuple[dict[str, Tree], Tree]:

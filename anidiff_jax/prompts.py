@@ -1,5 +1,6 @@
 """Prompts as people write them: weights of words, texts of any length, and prompts that travel from one text to another over the frames."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -81,8 +82,11 @@ def _mapping_in(text: str) -> Mapping[Any, Any] | None:
         if not isinstance(found, dict):
             raise UserError(f'prompt {text[:200]} cannot be read: write {{0: "a calm sea", 16: "a storm"}}')
         return found
-    lines = [re.fullmatch(NUMBERED, line.strip()) for line in text.splitlines()]
+    lines = [re.fullmatch(NUMBERED, line.strip()) for line in text.splitlines() if line.strip()]
     if lines and lines[0] and int(lines[0][1]) == 0 and all(lines):
+        frames = [int(line[1]) for line in lines if line]
+        if any(later <= earlier for earlier, later in itertools.pairwise(frames)):
+            raise UserError(f"prompt {text[:200]!r}: the frames of a prompt that travels must rise; they are {', '.join(map(str, frames))}")
         return {int(line[1]): line[2].strip() for line in lines if line}
     return None
 

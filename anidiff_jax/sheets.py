@@ -105,7 +105,7 @@ def _wrapped(text: str, width: int, font) -> list[str]:
 
 def _fitting(label: str, width: int, font) -> str:
     """As much of a label as is no wider than so many pixels."""
-    label = _printable(label)
+    label = _printable(label)[: max(0, width)]  # no letter is narrower than a pixel
     while label and font.getlength(label) > width:
         label = label[:-1]
     return label

@@ -90,9 +90,13 @@ def save_mp4(frames, path: Path, fps: float = 8, settings: Mapping[str, Any] | N
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     pixels = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-framerate", str(fps), "-i", "-"]
     coded = ["-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p", "-colorspace", "smpte170m", "-movflags", "+faststart"]
-    comment = ["-metadata", f"comment={as_json(settings)}"] if settings else []
-    with written_aside(path, replace) as part:
-        command = [get_ffmpeg_exe(), "-y", "-v", "error", *pixels, *coded, *comment, "-f", "mp4", str(part)]
+    with written_aside(path, replace) as part, tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as said:
+        comment = []
+        if settings:  # in a file: a word of a command line is at most 128 KB
+            said.write(";FFMETADATA1\ncomment=" + re.sub(r"([=;#\\\n])", r"\\\1", as_json(settings)) + "\n")
+            said.flush()
+            comment = ["-f", "ffmetadata", "-i", said.name, "-map", "0:v", "-map_metadata", "1"]
+        command = [get_ffmpeg_exe(), "-y", "-v", "error", *pixels, *comment, *coded, "-f", "mp4", str(part)]
         done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
         if done.returncode:
             said = (done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]

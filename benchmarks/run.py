@@ -188,7 +188,10 @@ def table(suite: str) -> str:
     peak = max((s["tflops"] for r in products for s in r["sides"].values()), default=None)
     machines, versions = sorted({r["machine"] for r in results}), {k: v for r in results for k, v in r["versions"].items()}
     said = ", ".join(f"{k} {v}" for k, v in versions.items() if k not in ("device", "platform"))
-    lines = [f"{'; '.join(machines)}; {said}", "", f"`python benchmarks/run.py --suite {suite}`; {SUITES[suite]['dtype']}, 16 frames.", ""]
+    short = lambda seconds: f"{seconds:.3g}" if seconds < 999.5 else f"{seconds:.0f}"
+    words = "with `--rounds`, `--repeats`, `--size` and `--only` as README says"
+    how = f"`python benchmarks/run.py --suite {suite}`, {words}; {SUITES[suite]['dtype']}, 16 frames."
+    lines = [f"{'; '.join(machines)}; {said}", "", how, ""]
     lines += ["| case | | seconds (median) | least–most | memory | first call | TFLOP/s | of the peak | speed | difference |"]
     lines += ["|" + "---|" * 10]
     for r in results:
@@ -200,7 +203,7 @@ def table(suite: str) -> str:
             different = f"{r['difference']:.0e}" if side == "ours" and "difference" in r else ""
             name = f"{r['case']}, {r['shape']['size']}²" if side == "ours" else ""
             lines.append(
-                f"| {name} | {NAMES[side]} | {s['seconds']:.3g} | {s['least']:.3g}–{s['most']:.3g} | {s['memory_gb']:.1f} GB "
+                f"| {name} | {NAMES[side]} | {short(s['seconds'])} | {short(s['least'])}–{short(s['most'])} | {s['memory_gb']:.1f} GB "
                 f"| {s['first'] + s['prepare']:.0f} s | {rate} | {of_peak} | {speed} | {different} |"
             )
     lines += [

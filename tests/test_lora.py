@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from anidiff_jax.errors import UserError
 from anidiff_jax.lora import init_lora, linear_layers, merge_lora, scaled
@@ -49,6 +50,15 @@ def test_every_linear_of_the_motion_modules_and_nothing_else(model):
     assert len(chosen) == 7 * 12  # proj_in, proj_out, 2 × 4 of attention, 2 of feed-forward
     with pytest.raises(UserError, match="matches no Linear layer"):
         init_lora(jax.random.key(0), init, "motion", 4)
+
+
+def test_fresh_adapters_are_drawn_as_peft_draws_them(model):
+    fresh = flatten(init_lora(jax.random.key(0), model.params["unet"], ".*motion_modules.*", 64))
+    for key, value in fresh.items():
+        theirs = torch.nn.Linear(value.shape[0], 64, bias=False)  # reset_lora_parameters: Kaiming, a = √5
+        torch.nn.init.kaiming_uniform_(theirs.weight, a=5**0.5)
+        of = lambda x: (float(abs(x).max()), float(x.std()))
+        np.testing.assert_allclose(of(value), (0, 0) if "lora_B" in key else of(theirs.weight.detach()), rtol=0.1)
 
 
 def test_a_fresh_adapter_is_the_identity(model, apply):

@@ -87,6 +87,13 @@ def test_settings_come_back_out_of_every_file(config, tmp_path):
     assert settings_of(renamed) == RECORD
 
 
+def test_settings_of_any_length_come_back_out_of_a_video(tmp_path):
+    """A word of a command line may be 128 KB at most."""
+    settings = {"prompt": "a = b; # c \\ d 'e' \"f\" 海" * 8000, "seed": 3}
+    save_mp4(np.zeros((2, 16, 16, 3)), tmp_path / "a.mp4", settings=settings)
+    assert settings_of(tmp_path / "a.mp4") == settings
+
+
 def test_files_without_settings_are_told(tmp_path):
     save_mp4(smooth(2), tmp_path / "a.mp4")
     save_webp(smooth(2), tmp_path / "a.webp")

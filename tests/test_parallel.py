@@ -40,6 +40,7 @@ LAUNCHERS = {
     "Open MPI": ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
     "Open MPI, one": ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
     "Kubernetes, an indexed job": ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+    "TPUs in an indexed job": ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0", "TPU_WORKER_HOSTNAMES": "a,b"}, True),
     "Kubernetes, a pod": ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
     "a TPU pod": ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
     "a TPU": ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "1"}, False),
@@ -78,6 +79,9 @@ def test_a_pod_of_a_job_does_not_train_as_if_it_were_alone(joined, monkeypatch):
         join_cluster(None, None, None)
     join_cluster("localhost:1", 1, 0)
     assert len(joined) == 1
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")  # by which JAX goes there
+    join_cluster(None, None, None)
+    assert len(joined) == 2
 
 
 @pytest.mark.parametrize(
@@ -87,6 +91,7 @@ def test_a_pod_of_a_job_does_not_train_as_if_it_were_alone(joined, monkeypatch):
         ({"SLURM_STEP_TASKS_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "4,6", "SLURM_GPUS_ON_NODE": "8"}, [0, 1]),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "CUDA_VISIBLE_DEVICES": "0,1,2"}, [0, 1, 2]),
         ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "SLURM_STEP_TASKS_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, None),
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8", "JAX_LOCAL_DEVICE_IDS": "3"}, None),
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None),
         ({}, None),

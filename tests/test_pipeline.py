@@ -3,6 +3,7 @@
 import itertools
 import sys
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -127,6 +128,13 @@ def test_a_video_depends_on_its_prompt_and_seed_only(pipe):
     assert np.abs(pipe(PROMPT, seed=4, **sizes) - alone).max() > 1e-2
 
 
+def test_what_is_not_finite_is_told(pipe, monkeypatch, caplog):
+    values = np.where(np.arange(jax.local_device_count()) == 0, 0.5, np.nan)  # one on each device, the last again and again
+    monkeypatch.setattr("anidiff_jax.pipeline.sample", lambda *how: values[:, None, None, None, None])
+    pipe([PROMPT, "a blue star"], num_frames=1, height=32, width=32)
+    assert "not finite, shown black, are in the video of 'a blue star'" in caplog.text
+
+
 def test_tokens_are_those_of_the_tokenizer(pipe, caplog):
     prompts = ["a red circle", "", "a blue star, " * 40]
     expected = pipe.model.tokenizer(prompts, padding="max_length", max_length=77, truncation=True)["input_ids"]
@@ -148,6 +156,8 @@ def test_no_guidance_is_guidance_of_one(pipe):
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"latents": np.zeros((1, 4, 3, 8, 8), np.float32)}, "latents have shape"),
         ({"scheduler": "magic"}, "scheduler='magic'"),
+        ({"seed": 2**32}, "seed 4294967296 is not one of 0 to 4294967295"),
+        ({"seed": [-1]}, "seed -1 is not"),
     ],
 )
 def test_mistakes_are_told(pipe, arguments, words):

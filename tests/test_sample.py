@@ -548,6 +548,7 @@ def test_a_grid(asked, load, tmp_path, monkeypatch):
     again, _ = asked("--from_json", png)
     assert again == calls
     assert [call["seed"] for call in asked("--from_json", gif, "--grid", "seed=7,8")[0]] == [7, 8]
+    assert [(call["guidance_scale"], call["seed"]) for call in asked("--from_json", gif, "--seed", "7")[0]] == [(4, 7), (8.5, 7)]
 
     file = tmp_path / "prompts.txt"
     file.write_text("one, two\nthree | four\n")
@@ -573,6 +574,7 @@ def test_a_grid(asked, load, tmp_path, monkeypatch):
         (["--grid", "seed=1", "seed=2"], "grid names seed twice"),
         (["--grid", "seed=1,2", "--num_videos_per_prompt", "2"], "both say which seeds"),
         (["--grid", "prompt", "--eval_human"], "grid prompt needs to know all prompts"),
+        (["--sample_n_frames", "4", "--grid", "prompt=a|{0: b, 4: c}"], "the prompt has a text for frame 4"),
         (["--output_format", "avi"], "invalid choice: 'avi'"),
         (["--from_json", "none.json"], "none.json is no file"),
     ],

@@ -132,7 +132,7 @@ def test_how_prompts_travel():
     for plain in ("16:9 picture", "{red|blue} cat", "3: the film", "a: b", "", "{a} cat {b}", "{a: b}"):
         assert travel_of(plain) == {0: plain}
         assert as_text(travel_of(plain)) == plain
-    assert travel_of(' {0: "a", 4: "b"} ') == travel_of("0:a\n4:b") == {0: "a", 4: "b"}
+    assert travel_of(' {0: "a", 4: "b"} ') == travel_of("0:a\n\n4:b\n") == {0: "a", 4: "b"}
     lines = ["one", "0: a", "8:b", "0: c", "4: d", "two", "16: nine"]
     assert joined_lines(lines) == ["one", '{0: "a", 8: "b"}', '{0: "c", 4: "d"}', "two", "16: nine"]
     with pytest.raises(UserError, match="prompt line '8: c' follows one for frame 16"):
@@ -147,6 +147,7 @@ def test_how_prompts_travel():
         ({0: 3}, "does not say a text for each frame"),
         ("{0: a, b: c}", "does not say a text for each frame"),
         ("{0: 'a", "cannot be read"),
+        ("0: a\n2: b\n2: c", "the frames of a prompt that travels must rise; they are 0, 2, 2"),
         ({0: "a", 6: "b"}, "a text for frame 6, and the video's 6 frames are 0 to 5"),
     ],
 )

@@ -90,7 +90,8 @@ def loss_weight(schedule: NoiseSchedule, timestep, weighting: str = "none", snr_
 
     none         1: as AnimateDiff was trained
     inverse_snr  1 / SNR held between 0.1 and 10, on the noise's error: the clean latents' error but for both ends. Whether a
-                 thing moves, and where, is decided at high noise, where the noise's own error hardly shows it
+                 thing moves, and where, is decided at high noise, where the noise's own error hardly shows it. On the velocity's error
+                 1 / (SNR + 1), the clean latents' error too, which needs no bound there
     snr_gamma    instead: SNR held below it, on the clean latents' error (Hang et al., 2023, arXiv:2303.09556)
     """
     alpha = jnp.asarray(schedule.alphas_cumprod())[timestep]
@@ -99,6 +100,8 @@ def loss_weight(schedule: NoiseSchedule, timestep, weighting: str = "none", snr_
     if snr_gamma is not None:
         noise_weight = jnp.minimum(1, snr_gamma / snr)  # 1 where nothing of the clip is left
     elif weighting == "inverse_snr":
+        if velocity:
+            return jnp.maximum(1, 0.1 * snr) / (snr + 1)
         noise_weight = jnp.clip(1 / snr, 0.1, 10)
     else:
         return jnp.ones_like(snr)

@@ -21,7 +21,7 @@ def attend(q, k, v, kind: str = "auto", causal: bool = False):
           packed   that kernel for short sequences, without gradients: an example's heads in one row, where each sees its own
           auto     cudnn or packed where they apply, else chunked where the logits are large, else xla
     """
-    if kind == "auto" or (kind == "cudnn" and not _fits(q.shape[-1], q.dtype)):
+    if kind == "auto" or (kind == "cudnn" and not _fits(q.shape, q.dtype)):
         kind = choose(q.shape, k.shape[1], q.dtype)
     if kind == "packed":
         return _packed(q, k, v, causal)
@@ -94,18 +94,19 @@ def _attend_in_chunks(q, k, v, causal: bool):
 
 def choose(shape: tuple[int, ...], keys: int, dtype) -> str:
     """The kind that "auto" stands for, of queries of this shape, (b, s, h, d)."""
-    examples, queries, heads, head_dim = shape
-    fits = _fits(head_dim, dtype)
+    _, queries, heads, _ = shape
+    fits = _fits(shape, dtype)
     if fits and queries > 64:
         return "cudnn"
-    if fits and max(queries, keys) * heads <= PACKED_LENGTH and examples <= MOST_EXAMPLES and heads % 2 == 0:
+    if fits and max(queries, keys) * heads <= PACKED_LENGTH and heads % 2 == 0:
         return "packed"
     return _by_size(shape, keys)
 
 
-def _fits(head_dim: int, dtype) -> bool:
-    """Whether cuDNN's kernel takes such heads."""
-    return head_dim % 8 == 0 and head_dim <= fused_limit() and dtype in (jnp.float16, jnp.bfloat16)
+def _fits(shape: tuple[int, ...], dtype) -> bool:
+    """Whether cuDNN's kernel takes such queries, (b, s, h, d)."""
+    examples, _, _, head_dim = shape
+    return head_dim % 8 == 0 and head_dim <= fused_limit() and examples <= MOST_EXAMPLES and dtype in (jnp.float16, jnp.bfloat16)
 
 
 def _by_size(shape: tuple[int, ...], keys: int) -> str:
@@ -130,8 +131,11 @@ def fused_limit() -> int:
 def _attend_head(q, k, v, causal: bool, first=0, keys: str = "td"):
     """q (..., s, d), of all queries those from `first` on; k, v (..., t, d), or (..., d, t) as `keys` says."""
     precision = "highest" if q.dtype == jnp.float32 else None
-    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    scale = q.shape[-1] ** -0.5
+    if exact := q.dtype == jnp.float32:  # else the scale would be rounded, and then the queries again
+        q = q * scale
     logits = jnp.einsum(f"...sd,...{keys}->...st", q, k, precision=precision, preferred_element_type=jnp.float32)
+    logits = logits if exact else logits * scale
     if causal:
         logits = jnp.where(first + jnp.arange(logits.shape[-2])[:, None] >= jnp.arange(logits.shape[-1]), logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)

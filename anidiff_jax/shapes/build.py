@@ -78,9 +78,9 @@ IMAGE_ROUNDS: list[dict] = [
     {"clips": "stills", "max_steps": 1800, "learning_rate": 1e-3, "snr_gamma": 5, "ema_decay": 0.998, "seed": 13},
     {"clips": "stills", "max_steps": 2600, "learning_rate": 8e-4, "snr_gamma": 5, "ema_decay": 0.998, "seed": 14},
 ]
-# The first two learned smoothness, no direction; the third a little of it. From the fourth on, noisy steps only and things with a front
-# only: there it came. The last is on all clips and all steps. (When the shipped model was made, the first four saw the image model that did
-# not know places.)
+# The first two learned smoothness, no direction; the third a little of it (inverse_snr then took the velocity's error away at the noisiest
+# steps, which it does no more). From the fourth on, noisy steps only and things with a front only: there it came. The last is on all clips
+# and all steps. (When the shipped model was made, the first four saw the image model that did not know places.)
 MOTION_ROUNDS: list[dict] = [
     {"max_steps": 2600, "learning_rate": 1.5e-3, "ema_decay": 0.998, "seed": 21, "sample_stride": 1},
     {"max_steps": 1200, "learning_rate": 1.5e-3, "ema_decay": 0.998, "seed": 22},

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=16, help="samples to count before and after")
     parser.add_argument("--max_steps", type=int, default=TRAINING["max_steps"], help="updates of the LoRA")
     args = parser.parse_args()
-    out, start = args.output, time.perf_counter()
+    out, start = args.output.expanduser().resolve(), time.perf_counter()  # the steps run elsewhere
     measure = ["-m", "anidiff_jax.shapes.evaluate", "--videos", args.videos, "--num_inference_steps", 10, "--things", *SHAPES]
 
     csv = run("-m", "anidiff_jax.shapes.clips", "--output", out / "clips", "--count", 50, "--motion", MOTION)

@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--motion_adapter_id_or_path", help='motion adapter; not given = the embedded one; "none" = the image model alone')
     parser.add_argument("--ckpt_dir", help="LoRA checkpoint")
     parser.add_argument("--lora_scale", type=float, default=1.0)
-    parser.add_argument("--things", nargs="*", help="only these things")
+    parser.add_argument("--things", nargs="*", choices=list(THINGS), metavar="THING", help="only these things")
     parser.add_argument("--videos", type=int, default=100)
     parser.add_argument("--sample_n_frames", type=int, default=8)
     parser.add_argument("--num_inference_steps", type=int, default=25)
@@ -127,8 +127,9 @@ def load(args):
     if args.sample_n_frames == 1 or adapter == "none":
         from anidiff_jax.weights.base import EMBEDDED
 
-        return AnimateDiffPipeline.from_pretrained(args.model_id_or_path or EMBEDDED)
-    pipeline = AnimateDiffPipeline.from_pretrained(args.model_id_or_path, motion_adapter=adapter)
+        pipeline = AnimateDiffPipeline.from_pretrained(args.model_id_or_path or EMBEDDED)
+    else:
+        pipeline = AnimateDiffPipeline.from_pretrained(args.model_id_or_path, motion_adapter=adapter)
     if args.ckpt_dir is not None:
         pipeline.load_lora(args.ckpt_dir, args.lora_scale)
     return pipeline

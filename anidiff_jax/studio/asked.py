@@ -20,7 +20,8 @@ WHOLE = ("sample_n_frames", "num_inference_steps", "seed", "height", "width")
 LONGEST = 20_000  # characters of a text
 # Arguments without a field of their own, which the field "more" takes: none that names a file, is a regular expression (one can take for
 # ever), or makes a job larger than its frames and steps say.
-ELSEWHERE = ("init_video", "init_image", "mask_video", "init_stride", "strength", "pag_layers", "context_batch", "num_train_timesteps")
+ELSEWHERE = ("init_video", "init_image", "mask_video", "init_stride", "strength", "pag_layers", "context_batch", "context_overlap",
+             "num_train_timesteps")  # fmt: skip
 MORE = tuple(
     name
     for name in (*(f.name for f in fields(Options)), *NoiseSchedule.names(), "eta", "motion_norm", "spatial_norm", "motion_scale",

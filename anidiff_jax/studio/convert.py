@@ -11,6 +11,7 @@ from pathlib import Path
 from anidiff_jax.errors import UserError
 from anidiff_jax.video import free_name
 from anidiff_jax.weights import kinds
+from anidiff_jax.weights.hub import resolve
 from anidiff_jax.weights.kinds import recognise
 
 SCRIPTS = Path(__file__).parent.parent.parent / "convert"
@@ -32,22 +33,24 @@ LIMIT = 1800  # seconds
 
 def describe(path: str) -> tuple[str, list[str]]:
     """(what lies there, in lines; the names of what it can become)."""
-    said = _run("inspect_weights", [path])
-    found = recognise(Path(path))
+    local = resolve(path)
+    said = _run("inspect_weights", [str(local)])
+    found = recognise(local)
     return textwrap.dedent(said.partition("\n")[2]), list(TARGETS.get(found.kind, {})) if found.supported else []
 
 
 def export(path: str, target: str, dtype: str | None, folder: Path, base: str | None = None, adapter: str | None = None) -> Path:
     """Writes it as the target into the folder, under a name of its own → the file, or a zip of the folder."""
-    found = recognise(Path(path))
+    local = resolve(path)
+    found = recognise(local)
     kind = found.kind
     if target not in TARGETS.get(kind, {}):
         raise UserError(f"a {kind} becomes {' or '.join(TARGETS.get(kind, {})) or 'nothing else'} here, not {target}")
     script, words, suffix = TARGETS[kind][target]
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{Path(path).stem if Path(path).is_file() else Path(path).name}-{target.split()[0]}"
+    stem = f"{Path(path).stem if local.is_file() else Path(path).name}-{target.split()[0]}"
     output = folder / f"{free_name(folder, stem, [suffix, '.zip'])}{suffix}"
-    words = ["--input", path, *words, "--output", str(output), *(["--dtype", dtype] if dtype else [])]
+    words = ["--input", str(local), *words, "--output", str(output), *(["--dtype", dtype] if dtype else [])]
     if script == "export_lora":
         words += [] if dtype else ["--dtype", _dtype_of(found)]
         words += ["--model_id_or_path", base] if base else []

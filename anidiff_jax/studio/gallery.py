@@ -64,7 +64,9 @@ def entry_of(record: Path) -> Entry | None:
     if not isinstance(read, dict) or not isinstance(read.get("prompt"), str) or "seed" not in read:
         return None
     stem = record.with_suffix("")
-    files = [path for suffix in dict.fromkeys([*SUFFIXES.values(), ".png"]) if (path := Path(f"{stem}{suffix}")).is_file()]
+    files: list[Path] = []
+    for path in (Path(f"{stem}{suffix}") for suffix in dict.fromkeys([*SUFFIXES.values(), ".png"])):
+        files += [path] if path.is_file() else sorted(path.glob("*.png"))  # the frames lie in a folder
     shown = next((path for suffix in SHOWN for path in files if path.name == f"{stem.name}{suffix}"), None)
     return Entry(shown, [*files, record], read) if shown else None
 

@@ -34,7 +34,7 @@ class Library:
         return {kind: sorted(dict.fromkeys(paths)) for kind, paths in result.items()}
 
     def permitted(self, given: str | None, what: str) -> str | None:
-        """A path below the chosen folders, or a hub's id, as it is given; None for none. UserError for anything else."""
+        """A path below the chosen folders, or a hub's id as it is given; None for none. UserError for anything else."""
         if given is None or given.strip() in ("", NONE, EMBEDDED):
             return None
         given = given.strip()
@@ -46,7 +46,7 @@ class Library:
         if below:
             if not exists:
                 raise UserError(f"{what} {given} is not there any more: choose another")
-            return given
+            return str(path)
         if not HUB_ID.fullmatch(given) or ".." in given or exists:
             raise UserError(f"{what} {given} is not below the folders of the studio: start it with --models FOLDER, or give a hub id")
         return given
@@ -73,9 +73,9 @@ class Library:
         if key not in self._seen:
             try:
                 found = recognise(path)
-                self._seen[key] = found.kind if found.supported else None
-            except (UserError, OSError):
-                self._seen[key] = None
+            except (UserError, OSError):  # not remembered: it may be half copied
+                return None
+            self._seen[key] = found.kind if found.supported else None
         return self._seen[key]
 
 

@@ -20,6 +20,7 @@ from anidiff_jax.diffusion.schedule import NoiseSchedule
 from anidiff_jax.errors import UserError
 from anidiff_jax.loading import check, load
 from anidiff_jax.pipeline import AnimateDiffPipeline
+from anidiff_jax.prompts import check_travel
 from anidiff_jax.sampling import plan_of, tables_of
 from anidiff_jax.sheets import side_by_side
 from anidiff_jax.studio.asked import check_length, check_limits, config_of
@@ -94,22 +95,23 @@ class Maker:
             raise UserError(f"columns and rows are both {columns[0]}: choose two that differ, or one")
         if not axes:
             raise UserError("there is nothing to compare: choose what differs from column to column")
+        self._check_count(math.prod(map(len, axes)))
         cells = []
         for row in axes[1] if len(axes) == 2 else [("", lambda cell: cell)]:
             for column in axes[0]:
                 cell = row[1](column[1](config))
                 check_limits(cell, self.settings)
+                check_travel(cell.prompt or "", cell.sample_n_frames)
                 cells.append((f"{column[0]}\n{row[0]}".strip(), cell))
-        if len(cells) > self.settings.max_videos:
-            most = self.settings.max_videos
-            raise UserError(f"{len(cells)} videos are more than this studio compares at once ({most}): take fewer values")
         with self._job(session, progress) as job:
             videos, record = [], dict[str, Any]()
             for i, (_, cell) in enumerate(cells):
                 part = lambda share, text, i=i: progress((i + share) / len(cells), f"video {i + 1} of {len(cells)}: {text}")
                 videos.append(to_uint8(self._video(cell, job, part)))
                 record = record or outputs.record_of(cell, self._pipeline(cell))  # of the first
-            record["grid"] = [f"{name}={text}" for name, text in (columns, rows) if name]
+            compared = [f"{name}={text}" for name, text in (columns, rows) if name]
+            own = {"checkpoint", "lora_scale_1"} & {columns[0], rows[0]}  # no arguments of sample.py: it makes the first video again
+            record["compared" if own else "grid"] = compared
             across = len(axes[0]) if len(axes) == 2 or len(axes[0]) <= grid.IN_A_ROW else None
             name = f"compared-{'-'.join(name for name, _ in (columns, rows) if name)}"
             labels = [label for label, _ in cells]
@@ -210,10 +212,16 @@ class Maker:
         pipeline.loras = [(self._loras[key], scale) for key, (_, scale) in wanted]
         return pipeline
 
+    def _check_count(self, videos: int) -> None:
+        if videos > self.settings.max_videos:
+            raise UserError(f"{videos} videos are more than this studio compares at once ({self.settings.max_videos}): take fewer values")
+
     def _axis(self, config: SampleConfig, asked: Mapping[str, Any], name: str, text: str, run: str | None) -> list[Cell]:
         """(label, changed arguments) of each value."""
         if name not in AXES:
             raise UserError(f"{name} cannot be compared: choose one of {', '.join(AXES)}")
+        check_length(text, name)
+        self._check_count(len(text.split("|" if name in grid.TEXTS else ",")))  # before each is looked at
         if name == "checkpoint":
             return self._checkpoints(config, text, run)
         if name == "lora_scale_1":
@@ -222,7 +230,6 @@ class Maker:
             path = path_and_scale(config.lora[0])[0]
             scaled = lambda scale, cell: cell.but(lora=[f"{path}:{scale}", *cell.lora[1:]])
             return [(f"LoRA scale {scale:g}", partial(scaled, scale)) for scale in map(_number, text.split(","))]
-        check_length(text, name)
         axis = grid.axes_of(config.but(grid=[f"{name}={text}"]), [])[0]
         label = lambda value: grid.label(config.but(**{axis.name: value}), [axis])
         return [(label(value), partial(SampleConfig.but, **{axis.name: value})) for value in axis.values]

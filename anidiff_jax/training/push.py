@@ -38,9 +38,13 @@ class Hub:
         """Whether it is still to be pushed: a slow hub gets it before it may be deleted."""
         return checkpoint in self._waiting
 
+    def wait(self) -> None:
+        """Returns when all is pushed that was to be; nothing can be pushed after it."""
+        self._thread.shutdown()
+
     def finished(self, last: Path) -> None:
         """After the run: the last checkpoint, where it is wanted, or where there was no validation to find a best one; waits."""
-        self._thread.shutdown()
+        self.wait()
         if not self.config.push_to_hub or self.config.push_hub_strategy == "all_checkpoints":
             return
         best = best_of(last.parent.parent) if self.config.push_hub_strategy == "push_best" else None

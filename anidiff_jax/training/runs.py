@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anidiff_jax.config import TrainConfig
+from anidiff_jax.data.records import Records
 from anidiff_jax.errors import UserError
 from anidiff_jax.weights import files
 
@@ -41,19 +42,22 @@ def run_of(checkpoint: Path) -> Path | None:
     return run if checkpoint.parent.name == "checkpoints" and (run / "config.json").is_file() else None
 
 
-def tell_changes(checkpoint: Path, clips: int, clips_per_update: int) -> None:
-    """Says it where a run is gone on with on other clips or so many an update: then it is not the run that was interrupted."""
+def tell_changes(checkpoint: Path, clips: Records, clips_per_update: int, parted: bool) -> None:
+    """Says it where a run is gone on with on other clips or so many an update: then it is not the run that was interrupted.
+
+    parted: whether the clips that validate are a share of the same ones.
+    """
     run = run_of(checkpoint)
     then = files.read_json(run / DATA) if run and (run / DATA).is_file() else {}
-    for what, now, was in (
-        ("clips", clips, then.get("clips")), ("clips an update", clips_per_update, then.get("clips_per_update")),
-    ):  # fmt: skip
-        if was is not None and now != was:
-            log.warning(
-                "%d %s now, %d before: which clips come when, how long an epoch is and the learning rate's course are others from here on",
-                now, what, was,
-            )  # fmt: skip
-    if then.get("held_out") and clips != then.get("clips"):
+    now = {"clips": len(clips), "clips_per_update": clips_per_update, "clips_hash": clips.hash()}
+    others = [name for name, value in now.items() if then.get(name, value) != value]
+    said = [f"{now[name]} {name.replace('_per_', ' an ')}, not {then[name]}" for name in others if name != "clips_hash"]
+    if others:
+        log.warning(
+            "%s: from here on clips come in another order than they would have, and epochs and the learning rate's course may be others",
+            ", ".join(said) or "other clips or captions",
+        )
+    if parted and {"clips", "clips_hash"} & set(others):
         log.warning("and clips that were trained on may be among those held out for validation: its losses may look better than they are")
 
 

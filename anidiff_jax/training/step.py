@@ -50,8 +50,14 @@ class Task:
 
 
 def rounded(x, dtype):
-    """x as `dtype` holds it, in its own type and with its own gradient: those of a fresh adapter are too small for float16."""
-    return x if x.dtype == jnp.dtype(dtype) else x + jax.lax.stop_gradient(x.astype(dtype).astype(x.dtype) - x)
+    """x as `dtype` holds it, in its own type and with its own gradient: those of a fresh adapter are too small for float16.
+
+    A GPU's XLA leaves out a rounding there and back that it can see.
+    """
+    if x.dtype == jnp.dtype(dtype):
+        return x
+    held = jax.lax.optimization_barrier(x.astype(dtype)).astype(x.dtype)
+    return x + jax.lax.stop_gradient(held - x)
 
 
 def encode_clips(task: Task, frozen: dict[str, Tree], pixels, keys):

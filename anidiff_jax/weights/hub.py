@@ -15,6 +15,7 @@ HUBS = ("hf", "modelscope")
 PARTS = ["unet/*", "vae/*", "text_encoder/*"]
 WANTED = ["model_index.json", "config.json", "diffusion_pytorch_model*.safetensors*", "diffusion_pytorch_model*.bin*", "tokenizer/*",
           "scheduler/*", "pytorch_lora_weights.*", "adapter_model.*", "adapter_config.json",
+          "default/adapter_model.*", "default/adapter_config.json",
           "model.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "vocab.json", "merges.txt", "tokenizer*.json"]  # fmt: skip
 
 
@@ -51,6 +52,8 @@ def _from_huggingface(repo: str, revision: str | None, inside: str) -> Path:
 
     api = HfApi()
     if inside:
+        with suppress(Exception):  # most have none
+            api.hf_hub_download(repo, _beside(inside), revision=revision)
         return Path(api.hf_hub_download(repo, inside, revision=revision))
     try:
         there = api.list_repo_files(repo, revision=revision)
@@ -63,7 +66,7 @@ def _from_huggingface(repo: str, revision: str | None, inside: str) -> Path:
 
 
 def _downloaded_before(repo: str, revision: str | None) -> Path:
-    """The folder of an earlier download from Hugging Face; LocalEntryNotFoundError where there is none, or a part of one."""
+    """The folder of an earlier download from Hugging Face; LocalEntryNotFoundError where there is none, or is known to be in part."""
     import huggingface_hub
 
     files = None
@@ -82,12 +85,17 @@ def _from_modelscope(repo: str, revision: str | None, inside: str) -> Path:
     there = [file.path for file in files if file.type != "tree"]
     if inside and inside not in there:
         raise UserError(f"{repo} has no file {inside}")
-    chosen = [inside] if inside else _wanted_of(repo, there)
+    chosen = [name for name in (inside, _beside(inside)) if name in there] if inside else _wanted_of(repo, there)
     listed = [{"Path": file.path, "Size": file.size or None, "Sha256": file.sha256} for file in files if file.path in chosen]
     try:
         return api.download_repo(repo, "model", revision=revision, file_list=listed) / inside
     except modelscope.FileDownloadError as error:  # counts the files; each has its own reason
         raise next(iter(error.failed_files.values())) from None
+
+
+def _beside(file: str) -> str:
+    """What says the scale of a LoRA, where that lies in a file of its own beside it."""
+    return str(PurePosixPath(file).parent / "adapter_config.json")
 
 
 def _wanted_of(repo: str, files: list[str]) -> list[str]:
@@ -167,10 +175,10 @@ def token_of(hub: str | None, given: str | None = None) -> str | None:
 
 def in_a_line(error: Exception, token: str | None) -> str:
     """What went wrong, without the token, which a server may have repeated."""
-    lines = list(filter(None, map(str.strip, str(error).splitlines()))) or [type(error).__name__]
+    text = str(error).replace(token, "…") if token else str(error)
+    lines = list(filter(None, map(str.strip, text.splitlines()))) or [type(error).__name__]
     code = re.match(r"\d{3} .* Error", lines[0])  # and a request's number; what it is about stands below
-    reason = " ".join(lines[1:])[:300] if code and len(lines) > 1 else lines[0]
-    return reason.replace(token, "…") if token else reason
+    return " ".join(lines[1:])[:300] if code and len(lines) > 1 else lines[0]
 
 
 def _modelscope():

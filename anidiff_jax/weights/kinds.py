@@ -73,7 +73,8 @@ def _of_folder(path: Path) -> Kind:
     if (path / "config.json").is_file():
         said = read_json(path / "config.json")
         name = str(said.get("_class_name") or (said.get("architectures") or [""])[0])  # as diffusers says it, and transformers
-        found = of_tensors(store.tensors_in(path, "model" if name.startswith("CLIP") else STEM), path)
+        is_text = "CLIP" in name or "clip" in str(said.get("model_type"))
+        found = of_tensors(store.tensors_in(path, store.STEMS["text_encoder"] if is_text else STEM), path)
         if name and not any(word in name for word in ("UNet", "Motion", "Autoencoder", "CLIP")):
             return Kind(name, "diffusers", supported=False)
         return found
@@ -138,7 +139,13 @@ def _motion(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind
     naming = "original" if any(INSIDE in key for key in keys) else "diffusers"
     rest = [key for key in keys if "motion_modules." not in key]
     if any(key.startswith("down_blocks.") and ".resnets." in key for key in rest):
-        return Kind(VIDEO_UNET, naming, tensors=tensors)
+        if naming == "diffusers":
+            return Kind(VIDEO_UNET, naming, tensors=tensors)
+        # The original's trainer saves what it trains, motion modules, with the rest of the UNet.
+        own = {key: tensor for key, tensor in tensors.items() if "motion_modules." in key}
+        found = _motion(own, [key.removeprefix("module.") for key in own], where)
+        found.notes.append(f"a whole UNet: its {len(rest)} tensors beside the motion modules are not used")
+        return found
     kind = Kind(MOTION, naming, motion_version(keys, tensors, where.name), tensors=tensors)
     if "conv_in.weight" in rest:
         return Kind(MOTION, naming, "PIA", supported=False, tensors=tensors, notes=["its first layer takes an image besides"])

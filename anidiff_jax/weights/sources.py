@@ -110,13 +110,10 @@ def motion_source(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Kind]:
     """(config.json, tensors under diffusers' names, what it was) of motion modules; {} where a file has no configuration."""
     if (path / "motion_adapter").is_dir():
         path = path / "motion_adapter"
-    found = recognise(path)
-    if (found.kind, found.naming) == (kinds.VIDEO_UNET, "original"):  # as its trainer saves what it trains, with the rest of the UNet
-        own = {key: tensor for key, tensor in found.tensors.items() if is_motion(key)}
-        log.info("%s is a whole UNet: of its %d tensors the %d of motion modules are used", path, len(found.tensors), len(own))
-        found = kinds.of_tensors(own, path)
-    else:
-        found = expect(path, kinds.MOTION)
+    found = expect(path, kinds.MOTION)
+    for note in found.notes:
+        if "not used" in note:
+            log.info("%s: %s", path, note)
     strange = sorted(key for key in found.tensors if not is_motion(key))
     if strange:
         raise UserError(f"{path} holds unexpected {', '.join(strange[:3])}: it is not a plain motion adapter")

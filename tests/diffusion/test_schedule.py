@@ -67,11 +67,13 @@ def test_loss_weights(prediction_type):
     np.testing.assert_allclose(weight("none"), 1, rtol=1e-5)
     np.testing.assert_allclose(weight("none", 5.0), np.minimum(snr, 5) / (snr + 1 if velocity else snr), rtol=1e-4)
     assert (weight("none", 1.0) <= weight("none", 5.0)).all()
-    # Between its limits inverse_snr is the squared error of the clean latents, whatever the network predicts.
-    middle = (snr > 0.1) & (snr < 10)
-    assert middle.sum() >= 2
-    np.testing.assert_allclose(weight("inverse_snr")[middle], (1 / (snr + 1) if velocity else 1 / snr)[middle], rtol=1e-4)
-    assert weight("inverse_snr").max() <= 10
+    # inverse_snr is the squared error of the clean latents, whatever the network predicts, but at low noise and, of the noise, at high.
+    alike = (snr < 10) & ((snr > 0.1) | velocity)
+    assert alike.sum() >= (4 if velocity else 2)
+    np.testing.assert_allclose(weight("inverse_snr")[alike], (1 / (snr + 1) if velocity else 1 / snr)[alike], rtol=1e-4)
+    np.testing.assert_allclose(weight("inverse_snr")[snr > 10], 0.1 * (snr / (snr + 1) if velocity else 1 + 0 * snr)[snr > 10], rtol=1e-4)
+    assert (np.diff(weight("inverse_snr")) > -2e-3).all()  # the noisier, the more
+    assert weight("inverse_snr")[-1] == pytest.approx(1 if velocity else 10, rel=0.01)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

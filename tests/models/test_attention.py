@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anidiff_jax.models import attention
-from anidiff_jax.models.attention import attend
+from anidiff_jax.models.attention import attend, choose
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
@@ -49,6 +49,14 @@ def test_many_logits_are_taken_in_parts_on_other_devices_too(monkeypatch):
     assert "length=3" in text  # of 15 queries, five at a time
     np.testing.assert_allclose(attend(q, k, v, "chunked"), expected, rtol=1e-5, atol=1e-6)
     attention._attend.clear_cache()
+
+
+def test_cudnn_is_left_where_there_are_too_many_examples(monkeypatch):
+    monkeypatch.setattr(attention, "fused_limit", lambda: 256)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for length, kind in ((16, "packed"), (80, "cudnn")):
+        assert choose((65_535, length, 8, 40), length, jnp.bfloat16) == kind
+        assert choose((65_536, length, 8, 40), length, jnp.bfloat16) not in ("packed", "cudnn")
 
 
 def test_cudnn_is_left_where_it_cannot_be_had(monkeypatch):

@@ -14,6 +14,7 @@ from anidiff_jax.weights.base import load_model
 from anidiff_jax.weights.kinds import recognise
 from anidiff_jax.weights.merge import merged_adapter, write_adapter, write_original
 from anidiff_jax.weights.sources import motion_source
+from anidiff_jax.weights.tree import flatten, is_motion, unflatten
 from tests import reference
 
 FRAMES = 3
@@ -97,13 +98,17 @@ def test_strength(base, adapter):
     x = np.random.default_rng(0).standard_normal((1, FRAMES, 6, 4, 4), np.float32)
     text = np.random.default_rng(1).standard_normal((1, 5, 24), np.float32)
 
-    def run(scale, motion=adapter):
+    def run(scale, motion=adapter, out=1.0):
+        """out: factor of the layers that motion modules end with, which makes what they add so many times as large."""
         model = load_model(base, motion, settings=Settings(motion_scale=scale))
-        return np.asarray(jax.jit(lambda p: model.networks.unet.apply({"params": p}, x, np.array([7]), text))(model.params["unet"]))
+        ends = lambda key: is_motion(key) and ".proj_out." in key
+        params = unflatten({k: v * out if ends(k) else v for k, v in flatten(model.params["unet"]).items()})
+        return np.asarray(jax.jit(lambda p: model.networks.unet.apply({"params": p}, x, np.array([7]), text))(params))
 
     np.testing.assert_allclose(run(0.0), run(1.0, None), rtol=1e-5, atol=1e-5)
-    assert np.abs(run(0.5) - run(0.0)).max() > 0.01
-    assert np.abs(run(0.5) - run(1.0)).max() > 0.01
+    for scale in (0.5, 2.0):
+        np.testing.assert_allclose(run(scale), run(1.0, out=scale), rtol=1e-4, atol=1e-4)
+        assert np.abs(run(scale) - run(1.0)).max() > 0.01
 
 
 @pytest.mark.parametrize("case", ["far from zero", "a corner unlike the rest", "frames unlike each other"])

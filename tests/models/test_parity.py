@@ -14,6 +14,7 @@ from anidiff_jax.models.init import draw, shapes
 from anidiff_jax.models.layers import Settings
 from anidiff_jax.models.unet import UNet
 from anidiff_jax.models.vae import AutoencoderKL, encode_frames, vae_config
+from anidiff_jax.sampling import decode, encode
 from anidiff_jax.weights.files import to_ours
 from anidiff_jax.weights.tree import flatten, is_buffer, is_motion, merge, split, unflatten
 from tests import reference
@@ -52,6 +53,22 @@ def run_theirs(model, sample, timesteps, text, motion=True):
     b, f = sample.shape[:2]
     y = model(x.flatten(0, 1).permute(0, 3, 1, 2), t.repeat_interleave(f), e.repeat_interleave(f, 0)).sample
     return y.permute(0, 2, 3, 1).unflatten(0, (b, f))
+
+
+def test_unet_in_bfloat16():
+    """As near to PyTorch's float32 as PyTorch's own bfloat16."""
+    theirs, network, params = build(reference.unet(), reference.adapter(), dtype="bfloat16")
+    sample, timesteps, text = inputs(1, 3, 6, 8)
+    half = jax.tree.map(lambda x: x.astype("bfloat16"), params)
+    found = jax.jit(lambda p: network.apply({"params": p}, sample, timesteps, text))(half)
+    with torch.inference_mode():
+        exact = run_theirs(theirs, sample, timesteps, text).numpy()
+        rounded = UNetMotionModel.from_config(theirs.config).to(torch.bfloat16).eval()
+        rounded.load_state_dict(theirs.state_dict())
+        x, e = (torch.tensor(v).bfloat16() for v in (sample, text))
+        own = rounded(x.permute(0, 4, 1, 2, 3), torch.tensor(timesteps), e.repeat_interleave(3, 0)).sample.permute(0, 2, 3, 4, 1).float()
+    away = lambda y: float(np.linalg.norm(np.asarray(y, np.float32) - exact) / np.linalg.norm(exact))
+    assert 1e-4 < away(found) < 1.5 * away(own) < 0.1
 
 
 CASES = {
@@ -108,7 +125,10 @@ def test_gradients_of_every_motion_parameter(settings, monkeypatch):
         close(gradient, expected[key])
 
 
-@pytest.mark.parametrize(("changes", "side"), [({}, (16, 24)), ({"layers_per_block": 2, "mid_block_add_attention": False}, (12, 20))])
+UNUSUAL = {"layers_per_block": 2, "mid_block_add_attention": False, "use_quant_conv": False, "use_post_quant_conv": False}
+
+
+@pytest.mark.parametrize(("changes", "side"), [({}, (16, 24)), (UNUSUAL, (12, 20))])
 def test_vae(changes, side):
     theirs = reference.vae(**changes)
     network, params = AutoencoderKL(vae_config(dict(theirs.config))), {"params": ours(theirs)}
@@ -123,6 +143,18 @@ def test_vae(changes, side):
     close(encoded.std, posterior.std.permute(0, 2, 3, 1))
     ours_decoded = jax.jit(lambda p, z: network.apply(p, z, method="decode"))(params, latents.permute(0, 2, 3, 1).numpy())
     close(ours_decoded, decoded.permute(0, 2, 3, 1))
+
+
+def test_latents_are_scaled_and_shifted_as_the_vae_says():
+    theirs = reference.vae(scaling_factor=0.3, shift_factor=0.2)
+    network, params = AutoencoderKL(vae_config(dict(theirs.config))), ours(theirs)
+    frames = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
+    with torch.no_grad():
+        latents = (theirs.encode(torch.tensor(frames).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean - 0.2) * 0.3
+        decoded = (theirs.decode(latents / 0.3 + 0.2).sample / 2 + 0.5).clamp(0, 1)
+    found = encode(network, params, frames)
+    close(found, latents.permute(0, 2, 3, 1))
+    close(decode(network, params, found), decoded.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize(("side", "turns"), [(256, 2), (512, 2), (768, 8)])

@@ -13,7 +13,8 @@ from PIL import Image
 
 import studio
 from anidiff_jax import denoising, sampling, text
-from anidiff_jax.config import TrainConfig
+from anidiff_jax.arguments import parse
+from anidiff_jax.config import SampleConfig, TrainConfig
 from anidiff_jax.errors import UserError, run_script
 from anidiff_jax.lora import init_lora
 from anidiff_jax.studio import gallery
@@ -71,7 +72,7 @@ def a_lora(maker, name, rank=2):
 # Which files may be read
 
 
-def test_only_what_lies_below_the_chosen_folders_is_read(settings, library, tmp_path):
+def test_only_what_lies_below_the_chosen_folders_is_read(settings, library, tmp_path, monkeypatch):
     inside, outside = tmp_path / "models" / "a.safetensors", tmp_path / "secret.safetensors"
     inside.write_bytes(b"x")
     outside.write_bytes(b"x")
@@ -79,6 +80,8 @@ def test_only_what_lies_below_the_chosen_folders_is_read(settings, library, tmp_
     assert library.permitted(str(inside), "model") == str(inside)
     assert library.permitted("owner/name", "model") == "owner/name"
     assert library.permitted("embedded", "model") is None
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert library.permitted("~/models/a.safetensors", "model") == str(inside)
     escapes = (
         outside,
         tmp_path / "models" / ".." / outside.name,
@@ -100,6 +103,27 @@ def test_an_id_that_is_also_a_path_here_is_a_path(library, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="not below"):
         library.permitted("owner/name", "model")
+
+
+def test_a_folder_that_was_half_copied_is_looked_at_again(library, settings, adapter):
+    copy = shutil.copytree(adapter, settings.models[0] / "adapter")
+    weights, then = copy / "diffusion_pytorch_model.safetensors", copy.stat()
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert library.found()[kinds.MOTION] == []
+    weights.write_bytes(whole)
+    os.utime(copy, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert library.found()[kinds.MOTION] == [str(copy)]
+
+
+def test_frames_are_listed_too(tmp_path):
+    for name in ("a.mp4", "a-frames/0000.png", "a-frames/0001.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "a.json").write_text('{"prompt": "a", "seed": 1}')
+    found = gallery.entry_of(tmp_path / "a.json")
+    assert [path.name for path in found.files] == ["a.mp4", "0000.png", "0001.png", "a.json"]
+    assert found.shown.name == "a.mp4"
 
 
 def test_weights_are_found_by_what_they_are(library, settings, base, adapter, maker):
@@ -303,7 +327,11 @@ def test_comparing_makes_one_video_of_all(maker, columns, rows, count):
     said = []
     record = maker.compare({**ASKED, "lora_1": str(lora)}, columns, rows, None, "one", lambda share, text: said.append((share, text)))
     entry = gallery.entry_of(record)
-    assert entry.record["grid"] == [f"{name}={text}" for name, text in (columns, rows) if name]
+    key = (
+        "compared" if "lora_scale_1" in (columns[0], rows[0]) else "grid"
+    )  # sample.py has no such argument, and takes the record all the same
+    assert entry.record[key] == [f"{name}={text}" for name, text in (columns, rows) if name]
+    assert len(parse(SampleConfig, ["--from_json", str(record)]).grid) == (key == "grid")
     assert any(f"of {count}: step 1 of 2" in text for _, text in said)
     shares = [share for share, _ in said]
     assert shares == sorted(shares)
@@ -338,6 +366,9 @@ def test_checkpoints_of_a_run_are_compared(maker, monkeypatch):
     [
         (("seed", "1,2,3"), ("fps", "2"), None, "fps cannot be compared"),
         (("seed", "1,2,3,4,5"), ("", ""), None, "5 videos are more than this studio compares at once"),
+        (("seed", "1,2,3"), ("scheduler", "ddim,euler"), None, "6 videos are more than this studio compares at once"),
+        (("lora_scale_1", "0," * 9000), ("", ""), None, "9001 videos are more than this studio compares at once"),
+        (("prompt", "a|{0: b, 2: c}"), ("", ""), None, "the prompt has a text for frame 2"),
         (("seed", "1,x"), ("", ""), None, "invalid int value"),
         (("seed", "1"), ("seed", "2"), None, "both seed"),
         (("lora_scale_1", "1"), ("", ""), None, "there is no LoRA 1"),

@@ -12,6 +12,7 @@ import pytest
 from anidiff_jax import AnimateDiffPipeline
 from anidiff_jax.arguments import parse
 from anidiff_jax.config import TrainConfig
+from anidiff_jax.data.records import Records
 from anidiff_jax.errors import UserError
 from anidiff_jax.scores import general_scores
 from anidiff_jax.training.runs import DATA, LOG, best_of, find_checkpoint, read_log, run_folder, steps_in, tell_changes, write_log
@@ -159,17 +160,20 @@ def test_a_run_that_goes_on_otherwise_says_so(tmp_path, caplog):
     run = tmp_path / "ad-1"
     checkpoint = run / "checkpoints" / "iter-4"
     (checkpoint / "state").mkdir(parents=True)
-    save_json({"clips": 100, "held_out": 10, "clips_per_update": 16}, run / DATA)
+    rows = lambda *names: Records(tmp_path, names, [""] * len(names))
+    save_json({"clips": 2, "held_out": 1, "clips_per_update": 16, "clips_hash": rows("a", "b").hash()}, run / DATA)
     (run / "config.json").write_text("{}")
     with caplog.at_level(logging.WARNING):
-        tell_changes(checkpoint, 100, 16)
+        tell_changes(checkpoint, rows("a", "b"), 16, True)
         assert caplog.text == ""
-        tell_changes(checkpoint, 100, 8)
-        assert "8 clips an update now, 16 before" in caplog.text
+        tell_changes(checkpoint, rows("a", "b"), 8, True)
+        tell_changes(checkpoint, rows("a", "c"), 16, False)
         assert "held out" not in caplog.text
-        tell_changes(checkpoint, 99, 16)
-    assert "99 clips now, 100 before" in caplog.text
-    assert "held out for validation" in caplog.text
+        tell_changes(checkpoint, rows("a"), 16, True)
+    assert [message.split(":")[0] for message in caplog.messages[:3]] == [
+        "8 clips an update, not 16", "other clips or captions", "1 clips, not 2",
+    ]  # fmt: skip
+    assert "held out for validation" in caplog.messages[3]
 
 
 def test_latest_is_what_it_was_when_the_run_began(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -104,10 +105,10 @@ def test_what_the_original_trainer_saves_is_a_whole_unet(base, tmp_path, caplog)
     image = {f"module.{k}": v for k, v in reference.unet().state_dict().items()}
     state = {"epoch": 3, "global_step": 7, "state_dict": {**image, **FORMS["distributed"](foreign.original_motion(model))["state_dict"]}}
     path = foreign.save(state, tmp_path / "checkpoint.ckpt")
-    assert (recognise(path).kind, recognise(path).naming) == (kinds.VIDEO_UNET, "original")
+    assert (recognise(path).kind, recognise(path).version) == (kinds.MOTION, "v2")
     with caplog.at_level(logging.INFO):
         motion_is(model, path)
-    assert f"is a whole UNet: of its {len(state['state_dict'])} tensors" in caplog.text
+    assert f"a whole UNet: its {len(image)} tensors beside the motion modules are not used" in caplog.text
     with pytest.raises(UserError, match="is a file, and a checkpoint a folder"):
         kinds.kind_of_checkpoint(path)
 
@@ -119,6 +120,10 @@ def test_parameters_and_text_encoders_are_read(base, tmp_path):
     name, value = next(iter(state.items()))
     np.testing.assert_array_equal(tensors_of(tmp_path / "unet.pt")[name].read(), value.detach().numpy())
     assert recognise(base / "text_encoder").kind == kinds.TEXT
+    shutil.copytree(base / "text_encoder", tmp_path / "text")
+    said = json.loads((tmp_path / "text" / "config.json").read_text())
+    (tmp_path / "text" / "config.json").write_text(json.dumps({**said, "architectures": None}))
+    assert recognise(tmp_path / "text").kind == kinds.TEXT
 
 
 @pytest.mark.parametrize(
