@@ -100,8 +100,8 @@ def save_data_report(run: Path, clips: Clips, held_out: int, updates: int, clips
     """data.json: how much a run trains on and how long, and which videos could not be used until now, and why."""
     skipped = {clips.records.names[row]: why for row, why in sorted(clips.skipped.items())}
     counts = {"clips": len(clips.records), "held_out": held_out, "updates": updates, "clips_per_update": clips_per_update}
-    counts["clips_hash"] = clips.hash  # by which a run that goes on knows them again
-    save_json({**counts, "skipped": skipped}, run / DATA)
+    # By the hash a run that goes on knows its clips again.
+    save_json({**counts, "clips_hash": clips.hash, "skipped": skipped}, run / DATA)
 
 
 def start_wandb(run: Path, config: TrainConfig):
