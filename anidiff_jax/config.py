@@ -49,9 +49,7 @@ class _Shared:
         "per_frame", "statistics of the image layers' norms: in each frame alone, or over all frames (v1 motion modules)"
     )
     motion_scale: float = arg(1.0, "factor of what the motion modules add; 0 = the image model alone")
-    motion_num_attention_heads: int = arg(
-        8, "heads of fresh motion modules, or of a file that does not say them; against an adapter's own: an error"
-    )
+    motion_num_attention_heads: int = arg(8, "heads of fresh motion modules, or of a file that does not say; an adapter's own are fixed")
     motion_max_seq_length: int = arg(32, "longest clip that fresh motion modules know, in frames; an adapter brings its own")
     sft_type: Literal["lora", "full"] = arg("lora", "train low-rank adapters, or the parameters themselves")
     sample_size: str = arg("256", "height and width in pixels: one number for both, or HEIGHTxWIDTH")
@@ -80,9 +78,7 @@ class _Shared:
     )
     rescale_betas_zero_snr: bool = arg(False, "let nothing of the clip be left at the noise's last step; for velocity prediction")
     seed: int = arg(42, "everything random comes from it")
-    enable_xformers_memory_efficient_attention: bool = arg(
-        True, "attention that saves memory, in the form that suits shape and device; false = all logits are held"
-    )
+    enable_xformers_memory_efficient_attention: bool = arg(True, "attention in little memory, as suits the shape; false = all logits")
     ignore_args_error: bool = arg(False, "warn about unknown arguments instead of stopping (for notebooks)")
     given: frozenset[str] = field(default=frozenset(), init=False, repr=False)
 
@@ -218,9 +214,7 @@ class TrainConfig(_Shared):
     timestep_bias_multiplier: float = arg(3.0, "with timestep_bias_begin: this many times as often")
     noise_offset: float = arg(0.0, "deviation of a shift of all noise of a frame's channel, so that very dark and bright clips are learnt")
     ema_decay: float = arg(0.0, "moving average of what trains (0.999, say), which samples, validation and exports then use; 0 = none")
-    gradient_checkpointing: bool = arg(
-        False, "recompute norms, attention and feed-forwards in the backward pass: far less memory, a tenth to a fifth more operations"
-    )
+    gradient_checkpointing: bool = arg(False, "recompute part of each layer in the backward pass: far less memory, a sixth more work")
     mixed_precision: bool = arg(True, "compute in bfloat16 on GPU and TPU; what trains stays in float32")
     deterministic: bool = arg(False, "on GPUs, only kernels that give the same bits every time; CPUs do anyway")
     ddp_backend: Literal["nccl", "gloo", "mpi", "ccl", "hccl"] = arg("nccl", "nccl = the GPUs' own collectives; gloo, mpi = those of CPUs")

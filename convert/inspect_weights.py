@@ -27,7 +27,7 @@ def main() -> None:
 
 def describe(path: Path) -> str:
     """What lies at a path, in lines."""
-    from anidiff_jax.weights.kinds import recognise
+    from anidiff_jax.weights.kinds import norms_note, recognise
     from anidiff_jax.weights.sources import ARGUMENTS
 
     found = recognise(path)
@@ -45,7 +45,7 @@ def describe(path: Path) -> str:
         lines.append(f"  structure   {', '.join(shown)}{', …' if len(blocks) > 8 else ''}")
     if fits := what_fits(found.kind, tensors):
         lines.append(f"  fits        {fits}")
-    lines += [f"  note        {note}" for note in found.notes]
+    lines += [f"  note        {note}" for note in (*found.notes, *norms_note(found.norms))]
     taken = f"give it as {ARGUMENTS[found.kind]}" if found.supported and found.kind in ARGUMENTS else "not supported"
     return "\n".join([*lines, f"  use         {taken}"])
 

@@ -45,7 +45,6 @@ class Clips:
     def __init__(self, records: Records, seed: int, source: Callable[[int, np.random.Generator], dict[str, np.ndarray]]):
         self.records, self.seed, self.source = records, seed, source
         self.skipped: dict[int, str] = {}  # row → why
-        self.hash = records.hash()
         self._lock = threading.Lock()
 
     def __call__(self, index: int, row: int) -> dict[str, Any]:

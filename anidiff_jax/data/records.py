@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ class Records:
     def __len__(self) -> int:
         return len(self.names)
 
+    @cached_property  # of millions it takes seconds
     def hash(self) -> str:
         """Of all names and captions, in hex."""
         rows = hashlib.sha256()

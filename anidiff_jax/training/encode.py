@@ -58,7 +58,7 @@ def fill_cache(folder: Path, records: Records, config: TrainConfig, pipeline: An
 def recipe(records: Records, config: TrainConfig, pipeline: AnimateDiffPipeline, half: bool) -> dict[str, Any]:
     """What the contents of a cache follow from."""
     return {
-        "clips": records.hash(),
+        "clips": records.hash,
         "base_model": hash_of(pipeline.model.params["vae"], pipeline.model.params["text_encoder"]),
         "sample_size": f"{config.height}x{config.width}",
         "random_flip": config.random_flip,

@@ -101,7 +101,7 @@ def save_data_report(run: Path, clips: Clips, held_out: int, updates: int, clips
     skipped = {clips.records.names[row]: why for row, why in sorted(clips.skipped.items())}
     counts = {"clips": len(clips.records), "held_out": held_out, "updates": updates, "clips_per_update": clips_per_update}
     # By the hash a run that goes on knows its clips again.
-    save_json({**counts, "clips_hash": clips.hash, "skipped": skipped}, run / DATA)
+    save_json({**counts, "clips_hash": clips.records.hash, "skipped": skipped}, run / DATA)
 
 
 def start_wandb(run: Path, config: TrainConfig):

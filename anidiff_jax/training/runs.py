@@ -49,7 +49,7 @@ def tell_changes(checkpoint: Path, clips: Records, clips_per_update: int, parted
     """
     run = run_of(checkpoint)
     then = files.read_json(run / DATA) if run and (run / DATA).is_file() else {}
-    now = {"clips": len(clips), "clips_per_update": clips_per_update, "clips_hash": clips.hash()}
+    now = {"clips": len(clips), "clips_per_update": clips_per_update, "clips_hash": clips.hash}
     others = [name for name, value in now.items() if then.get(name, value) != value]
     said = [f"{now[name]} {name.replace('_per_', ' an ')}, not {then[name]}" for name in others if name != "clips_hash"]
     if others:

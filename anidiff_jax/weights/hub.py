@@ -52,9 +52,7 @@ def _from_huggingface(repo: str, revision: str | None, inside: str) -> Path:
 
     api = HfApi()
     if inside:
-        with suppress(Exception):  # most have none
-            api.hf_hub_download(repo, _beside(inside), revision=revision)
-        return Path(api.hf_hub_download(repo, inside, revision=revision))
+        return [Path(api.hf_hub_download(repo, name, revision=revision)) for name in _with_scale(inside)][-1]
     try:
         there = api.list_repo_files(repo, revision=revision)
     except Exception as error:  # of many kinds: offline, the hub is down, or refuses
@@ -85,7 +83,7 @@ def _from_modelscope(repo: str, revision: str | None, inside: str) -> Path:
     there = [file.path for file in files if file.type != "tree"]
     if inside and inside not in there:
         raise UserError(f"{repo} has no file {inside}")
-    chosen = [name for name in (inside, _beside(inside)) if name in there] if inside else _wanted_of(repo, there)
+    chosen = _with_scale(inside) if inside else _wanted_of(repo, there)
     listed = [{"Path": file.path, "Size": file.size or None, "Sha256": file.sha256} for file in files if file.path in chosen]
     try:
         return api.download_repo(repo, "model", revision=revision, file_list=listed) / inside
@@ -93,9 +91,10 @@ def _from_modelscope(repo: str, revision: str | None, inside: str) -> Path:
         raise next(iter(error.failed_files.values())) from None
 
 
-def _beside(file: str) -> str:
-    """What says the scale of a LoRA, where that lies in a file of its own beside it."""
-    return str(PurePosixPath(file).parent / "adapter_config.json")
+def _with_scale(file: str) -> list[str]:
+    """The file, and before it, of a LoRA as PEFT saves it, the one beside it that says its scale."""
+    path = PurePosixPath(file)
+    return [*([str(path.with_name("adapter_config.json"))] if path.stem == "adapter_model" else []), file]
 
 
 def _wanted_of(repo: str, files: list[str]) -> list[str]:

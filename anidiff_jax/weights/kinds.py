@@ -154,10 +154,13 @@ def _motion(tensors: Mapping[str, Tensor], keys: list[str], where: Path) -> Kind
     kind.norms = recorded_norms(where)
     if naming == "original" and not kind.norms:
         kind.norms = {"motion_norm": "per_frame", **({"spatial_norm": "joint"} if kind.version == "v1" else {})}
-    others = " ".join(f"--{name} {value}" for name, value in kind.norms.items() if value != DIFFUSERS_NORMS[name])
-    if others:
-        kind.notes.append(f"it was trained with other norms than diffusers computes: {others} computes them so")
     return kind
+
+
+def norms_note(norms: Mapping[str, str]) -> list[str]:
+    """What a user should know of the norms that motion modules were trained with, if anything."""
+    others = " ".join(f"--{name} {value}" for name, value in norms.items() if value != DIFFUSERS_NORMS[name])
+    return [f"it was trained with other norms than diffusers computes: {others} computes them so"] if others else []
 
 
 def recorded_norms(where: Path) -> dict[str, str]:

@@ -112,8 +112,7 @@ def motion_source(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Kind]:
         path = path / "motion_adapter"
     found = expect(path, kinds.MOTION)
     for note in found.notes:
-        if "not used" in note:
-            log.info("%s: %s", path, note)
+        log.info("%s: %s", path, note)
     strange = sorted(key for key in found.tensors if not is_motion(key))
     if strange:
         raise UserError(f"{path} holds unexpected {', '.join(strange[:3])}: it is not a plain motion adapter")

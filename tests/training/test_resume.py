@@ -161,7 +161,7 @@ def test_a_run_that_goes_on_otherwise_says_so(tmp_path, caplog):
     checkpoint = run / "checkpoints" / "iter-4"
     (checkpoint / "state").mkdir(parents=True)
     rows = lambda *names: Records(tmp_path, names, [""] * len(names))
-    save_json({"clips": 2, "held_out": 1, "clips_per_update": 16, "clips_hash": rows("a", "b").hash()}, run / DATA)
+    save_json({"clips": 2, "held_out": 1, "clips_per_update": 16, "clips_hash": rows("a", "b").hash}, run / DATA)
     (run / "config.json").write_text("{}")
     with caplog.at_level(logging.WARNING):
         tell_changes(checkpoint, rows("a", "b"), 16, True)

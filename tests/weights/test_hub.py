@@ -80,6 +80,11 @@ def test_one_file_of_a_repository(hub, name):
     for file, content in (("v2/mm.safetensors", b"one"), ("mm3.ckpt", b"two")):
         assert resolve(f"me/many/{file}", hub=name).read_bytes() == content
     assert server.fetched == ["v2/mm.safetensors", "mm3.ckpt"]
+    saved = {"default/adapter_config.json": b"{}", "default/adapter_model.safetensors": b"three"}  # by PEFT: the scale lies beside
+    server.repos["me/many", "main" if name == "hf" else "master"] |= saved
+    lora = resolve("me/many/default/adapter_model.safetensors", hub=name)
+    assert (lora.read_bytes(), lora.with_name("adapter_config.json").read_bytes()) == (b"three", b"{}")
+    assert resolve("me/many", hub=name).joinpath("default", "adapter_config.json").is_file()
     with pytest.raises(UserError, match=r"^me/many/mm4.ckpt is not a local"):
         resolve("me/many/mm4.ckpt", hub=name)
     for given in ("me/many/more", "me/../many/mm.ckpt"):
